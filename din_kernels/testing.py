@@ -8,8 +8,8 @@ of the terms:
 
     rms  =  SAFETY · stages · (u_product + u_store + √length · u_sum)
 
-A single element may be worse than the root mean square: among n Gaussian errors the largest is about √(2 ln n) times it,
-5.3 for a million. ``SAFETY`` covers what the model leaves out (condition of sigmoid and softmax, uneven magnitudes).
+A single element may be worse than the root mean square: among n Gaussian errors the largest is about √(2 ln n) times
+it, 5.3 for a million. ``SAFETY`` covers what the model leaves out (condition of sigmoid and softmax, uneven magnitudes).
 Nothing is fitted to one machine, so that the same test holds on every GPU.
 
 **Jagged shapes.** ``jagged_lengths`` and friends are hypothesis strategies over what breaks jagged kernels: no samples,
@@ -242,8 +242,7 @@ def widths(maximum: int = 64, *, minimum: int = 1) -> SearchStrategy[int]:
     return st.one_of(st.sampled_from(special or [minimum]), st.integers(minimum, maximum))
 
 
-def hostile_gradients(shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: Any = None) ->
-list[Tensor]:
+def hostile_gradients(shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: Any = None) -> list[Tensor]:
     """Gradients of ``shape`` as autograd really delivers them: contiguous, expanded (stride 0), transposed, a row slice
     of something wider, and one that starts off alignment."""
     generator = torch.Generator().manual_seed(7)

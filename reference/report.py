@@ -1,0 +1,127 @@
+"""The table at the end of a run, and ``metrics.json``."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import ClickData
+from .files import write_json
+from .metrics import Scores, rela_impr
+from .options import Options
+from .training_loop import RunResult
+
+
+def loss_difference(one: list[float], other: list[float]) -> float:
+    """Largest relative difference of two loss curves, step by step: max |a − b| / |b|."""
+    if len(one) != len(other):
+        raise ValueError(f"the loss curves have {len(one)} and {len(other)} steps: the runs cannot be compared")
+    return max((abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True)), default=0.0)
+
+
+def base_gauc(results: list[RunResult]) -> float | None:
+    """GAUC of the BaseModel that RelaImpr is measured against: sum pooling, unfused if there is a choice."""
+    for name, variant in (("base", "unfused"), ("base", "fused"), ("base-mean", "unfused"), ("base-mean", "fused")):
+        for result in results:
+            if (result.model_name, result.variant) == (name, variant):
+                return result.scores.gauc
+    return None
+
+
+def fused_differences(results: list[RunResult]) -> dict[str, float]:
+    """Model name -> largest relative difference between its fused and its unfused loss curve."""
+    unfused = {r.model_name: r for r in results if r.variant == "unfused"}
+    return {
+        r.model_name: loss_difference(r.losses, unfused[r.model_name].losses)
+        for r in results
+        if r.variant == "fused" and r.model_name in unfused
+    }
+
+
+def summary(
+    data: ClickData, options: Options, results: list[RunResult], baselines: dict[str, Scores]
+) -> dict[str, Any]:
+    base = base_gauc(results)
+    device = torch.device(options.device)
+    return {
+        "options": options.as_dict(),
+        "data": data.describe(),
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+        },
+        "baselines": {name: scores.as_dict() for name, scores in baselines.items()},
+        "results": {
+            result.label: {
+                "model": result.model_name,
+                "variant": result.variant,
+                "parameters": result.parameters,
+                **result.scores.as_dict(),
+                "rela_impr": None if base is None else rela_impr(result.scores.gauc, base),
+                "seconds_per_step": result.step_seconds,
+                "peak_bytes": result.peak_bytes,
+                "epochs": result.epochs,
+                "losses": result.losses,
+            }
+            for result in results
+        },
+        "largest_relative_loss_difference": fused_differences(results),
+    }
+
+
+def table(results: list[RunResult], baselines: dict[str, Scores]) -> str:
+    from tabulate import tabulate
+
+    base = base_gauc(results)
+    differences = fused_differences(results)
+    rows: list[list[str]] = []
+    for result in results:
+        gap = differences.get(result.model_name) if result.variant == "fused" else None
+        rows.append(
+            [
+                f"{result.model_name} ({result.variant})",
+                *_score_cells(result.scores, base),
+                f"{1e3 * result.step_seconds:.1f} ms",
+                f"{result.peak_bytes / 2**20:.0f} MiB",
+                "" if gap is None else f"{gap:.1e}",
+            ]
+        )
+    for name, scores in baselines.items():
+        rows.append([name, *_score_cells(scores, base), "", "", ""])
+    headers = ["model", "GAUC", "AUC", "logloss", "RelaImpr", "per step", "peak memory", "loss gap"]
+    return tabulate(rows, headers, disable_numparse=True, stralign="right", colalign=("left",))
+
+
+def _score_cells(scores: Scores, base: float | None) -> list[str]:
+    impr = "" if base is None else f"{100 * rela_impr(scores.gauc, base):+.2f} %"
+    return [f"{scores.gauc:.4f}", f"{scores.auc:.4f}", f"{scores.logloss:.4f}", impr]
+
+
+def notes(results: list[RunResult], baselines: dict[str, Scores], part: str) -> list[str]:
+    """What the table does not say by itself, the unpleasant included."""
+    lines = []
+    some = results[0].scores
+    lines.append(
+        f"GAUC over {some.users} {part} users; {some.users_left_out} with one class only are left out (no AUC is defined)."
+    )
+    for name, gap in fused_differences(results).items():
+        verdict = "within" if gap <= 1e-4 else "ABOVE"
+        lines.append(f"{name}: fused and unfused loss curves differ by at most {gap:.1e} relative ({verdict} 1e-4).")
+    base = base_gauc(results)
+    for result in results:
+        if result.model_name != "din":
+            continue
+        rivals = {**({} if base is None else {"BaseModel": base}), **{k: v.gauc for k, v in baselines.items()}}
+        lost = [f"{name} ({gauc:.4f})" for name, gauc in rivals.items() if result.scores.gauc <= gauc]
+        if lost:
+            lines.append(f"din ({result.variant}) does NOT beat {', '.join(lost)} with GAUC {result.scores.gauc:.4f}.")
+    return lines
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    write_json(path, value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def user_auc(labels: Array, scores: Array, users: Array) -> UserAUC:
 def logloss(labels: Array, logits: Array) -> float:
     """Mean negative log-likelihood from logits, without ever forming a probability that rounds to 0 or 1."""
     labels, logits = _checked(labels, logits)
-    return float(np.mean(np.logaddexp(0.0, np.where(labels, -logits, logits)))) if labels.size else float("nan")
+    return float(np.mean(np.logaddexp(0.0, logits * np.where(labels, -1.0, 1.0)))) if labels.size else float("nan")
 
 
 def rela_impr(measured: float, base: float) -> float:

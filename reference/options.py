@@ -183,7 +183,7 @@ def parse(arguments: list[str] | None, demo: Options) -> Options:
         p.set_defaults(**{f.name: getattr(demo, f.name) for f in fields(Options)})
     given = vars(p.parse_args(arguments))
     given.pop("demo")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     options = Options(**values)
     try:
         check(options)

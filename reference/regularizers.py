@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from .data import Batch, ClickData
+from .models.common import ItemEmbedding
 from .options import Options
 
 
@@ -26,11 +29,11 @@ class L2(Regularizer):
         self.reg_lambda = reg_lambda
 
     def penalty(self, model: nn.Module, batch: Batch) -> Tensor:
-        items = model.items
+        items = cast(ItemEmbedding, model.items)
         total = torch.zeros((), device=batch.item.device)
         for table, candidate, behaviours in (
-            (items.item, batch.item, batch.history_item),  # type: ignore[union-attr]
-            (items.category, batch.category, batch.history_category),  # type: ignore[union-attr]
+            (items.item, batch.item, batch.history_item),
+            (items.category, batch.category, batch.history_category),
         ):
             rows = torch.unique(torch.cat([candidate, behaviours]))
             total = total + table.weight[rows].square().sum()

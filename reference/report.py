@@ -107,7 +107,7 @@ def notes(results: list[RunResult], baselines: dict[str, Scores], part: str) -> 
     lines = []
     some = results[0].scores
     lines.append(
-        f"GAUC over {some.users} {part} users; {some.users_left_out} with one class only are left out (no AUC is defined)."
+        f"GAUC over {some.users} {part} users; {some.users_left_out} with one class only left out (no AUC is defined)."
     )
     for name, gap in fused_differences(results).items():
         verdict = "within" if gap <= 1e-4 else "ABOVE"

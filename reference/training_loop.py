@@ -46,7 +46,7 @@ class RunResult:
 class PeakMemory:
     """Peak memory of a block above what was in use when it began: CUDA's allocator, or the process' resident set.
 
-    On Linux the kernel's high-water mark of this process is reset first, so one run does not hide behind an earlier one.
+    On Linux the kernel's high-water mark of this process is reset first: no run hides behind an earlier one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -194,7 +194,8 @@ def train(
                 checkpoint.save(checkpoint_path, model, optimizer, progress, depends_on)
             if not quiet:
                 tqdm.write(
-                    f"{model_name:>9} {variant:<8} epoch {epoch + 1}/{options.epochs}  loss {float(losses.mean()):.5f}  "
+                    f"{model_name:>9} {variant:<8} epoch {epoch + 1}/{options.epochs}  "
+                    f"loss {float(losses.mean()):.5f}  "
                     f"GAUC {scores.gauc:.4f}  AUC {scores.auc:.4f}  logloss {scores.logloss:.4f}",
                     file=sys.stderr,
                 )

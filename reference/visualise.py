@@ -48,7 +48,7 @@ def _smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss_curves(results: list[RunResult], path: Path, title: str = "") -> None:
-    """Training loss over steps, and GAUC on held-out users over epochs; a third panel shows how far fused is from unfused."""
+    """Training loss over steps and GAUC over epochs; with fused runs also their distance from the unfused ones."""
     models = list(dict.fromkeys(r.model_name for r in results))
     colour = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(models)}
     unfused = {r.model_name: r for r in results if r.variant == "unfused"}
@@ -74,10 +74,10 @@ def loss_curves(results: list[RunResult], path: Path, title: str = "") -> None:
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False)
     if pairs:
-        for fused, plain in pairs:
-            a, b = np.asarray(fused.losses), np.asarray(plain.losses)
+        for twin, plain in pairs:
+            a, b = np.asarray(twin.losses), np.asarray(plain.losses)
             gap = np.abs(a - b) / np.maximum(np.abs(b), 1e-12)
-            axes[2].plot(np.maximum(gap, 1e-9), lw=0.8, color=colour[fused.model_name], label=fused.model_name)
+            axes[2].plot(np.maximum(gap, 1e-9), lw=0.8, color=colour[twin.model_name], label=twin.model_name)
         axes[2].axhline(1e-4, color=INK, ls="--", lw=1.2)
         axes[2].text(0.99, 1.15e-4, "limit 1e-4", ha="right", va="bottom", transform=axes[2].get_yaxis_transform())
         axes[2].set(
@@ -119,7 +119,8 @@ def activation_weights(
     last = int(np.argmax(own.stop))
     stop = int(own.stop[last])
     start = max(int(own.start[last]), stop - behaviours)
-    shown = _spread_over_categories(data, own.item, candidates)
+    unseen = np.setdiff1d(own.item, data.log_item[start:stop])  # a behaviour met again as candidate says little
+    shown = _spread_over_categories(data, unseen if len(unseen) else own.item, candidates)
     samples = Samples(
         np.full(len(shown), own.user[last]),
         shown,

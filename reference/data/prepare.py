@@ -101,8 +101,8 @@ def ratings_task(
     first_of_user = np.searchsorted(user, np.arange(num_users))
     if history == "liked":
         log = item[label]
-        liked_before = np.cumsum(label) - label
-        stop, begin = liked_before, liked_before[first_of_user][user] if len(user) else liked_before
+        stop: IntArray = np.cumsum(label) - label
+        begin: IntArray = stop[first_of_user][user]
     else:
         log, stop, begin = item, positions, first_of_user[user]
     samples = Samples(user, item, label.astype(np.float32), np.maximum(begin, stop - max_history), stop)
@@ -165,7 +165,7 @@ def next_item_task(
     num_items, num_users = len(item_category), len(offsets) - 1
     if sequence_item.size and int(sequence_item.max()) >= num_items:
         raise DataError(
-            f"{name}: item id {int(sequence_item.max())} in the sequences, but the categories know only ids below {num_items}"
+            f"{name}: item id {int(sequence_item.max())} in the sequences, but item_category has only {num_items} rows"
         )
     lengths = np.diff(offsets)
     user = np.repeat(np.arange(num_users, dtype=np.int32), lengths)
@@ -221,7 +221,8 @@ def check_jagged(name: str, offsets: IntArray, num_values: int) -> None:
     if (steps < 0).any():
         at = int(np.flatnonzero(steps < 0)[0])
         raise DataError(
-            f"{name}: offsets must not decrease, but offsets[{at}] = {offsets[at]} > offsets[{at + 1}] = {offsets[at + 1]}"
+            f"{name}: offsets must not decrease, but offsets[{at}] = {offsets[at]} and "
+            f"offsets[{at + 1}] = {offsets[at + 1]}"
         )
     if int(offsets[0]) != 0 or int(offsets[-1]) != num_values:
         raise DataError(

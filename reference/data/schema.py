@@ -1,7 +1,7 @@
 """What every data set becomes: one behaviour log, samples that point into it, and the sizes of the id spaces.
 
-A sample's history is a slice ``log_item[start:stop]`` of the log, so histories are never copied: 20 million samples with
-long histories cost 20 million pairs of integers. Batches gather the slices into jagged ``values`` + ``offsets``.
+A sample's history is a slice ``log_item[start:stop]`` of the log, so histories are never copied: 20 million samples
+with long histories cost 20 million pairs of integers. Batches gather the slices into jagged ``values`` + ``offsets``.
 
 Row 0 of the item and of the category space means "unknown": real ids start at 1.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.integer]
-FloatArray = NDArray[np.floating]
+IntArray = NDArray[Any]  # any integer width: numpy's type stubs lose track of it through arithmetic
+FloatArray = NDArray[Any]
 
 
 class DataError(ValueError):
@@ -24,7 +25,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Samples:
-    """``S`` impressions: ``user``, ``item`` [S] int32, ``label`` [S] float32 in {0, 1}, history ``[start, stop)`` [S]."""
+    """S impressions: ``user``, ``item`` [S] int32, ``label`` [S] float32 in {0, 1}, history ``[start, stop)`` [S]."""
 
     user: IntArray
     item: IntArray
@@ -49,7 +50,7 @@ class ClickData:
 
     item_category   [num_items] int32, the category of each item (row 0: unknown)
     log_item        [L] int32, behaviours; histories are slices of it
-    profile         [num_users, F] int32, ids of the user's fixed features (F may be 0), field f in [0, profile_sizes[f])
+    profile         [num_users, F] int32, ids of the user's fixed features (F may be 0), field f below profile_sizes[f]
     """
 
     name: str
@@ -117,7 +118,8 @@ class ClickData:
         lengths = self.train.history_lengths()
         mean = float(lengths.mean()) if len(lengths) else 0.0
         return (
-            f"{self.name}: {len(np.unique(self.train.user)):,} + {len(np.unique(self.test.user)):,} users (train + test), "
+            f"{self.name}: {len(np.unique(self.train.user)):,} + {len(np.unique(self.test.user)):,} users "
+            "(train + test), "
             f"{self.num_items - 1:,} items, {self.num_categories - 1:,} categories, "
             f"{len(self.train):,} + {len(self.test):,} samples, "
             f"{float(self.train.label.mean()) if len(self.train) else 0.0:.1%} positive, mean history {mean:.1f}"

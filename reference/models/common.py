@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,12 @@ def make_unit(embedding_dim: int, config: ModelConfig) -> nn.Module:
     if config.fused:
         import din_kernels
 
-        unit = din_kernels.LocalActivationUnit
-    else:
-        unit = units.LocalActivationUnit  # type: ignore[assignment]
-    return unit(embedding_dim, config.unit_hidden, config.activation, config.interaction, config.softmax)
+        return din_kernels.LocalActivationUnit(
+            embedding_dim, config.unit_hidden, config.activation, config.interaction, config.softmax
+        )
+    return units.LocalActivationUnit(
+        embedding_dim, config.unit_hidden, config.activation, config.interaction, config.softmax
+    )
 
 
 class MLP(nn.Module):
@@ -74,9 +77,7 @@ class MLP(nn.Module):
     def __init__(self, in_features: int, config: ModelConfig) -> None:
         super().__init__()
         widths = [in_features, *config.mlp_hidden]
-        self.linears = nn.ModuleList(
-            [nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)] + [nn.Linear(widths[-1], 1)]
-        )
+        self.linears = nn.ModuleList([nn.Linear(i, o) for i, o in pairwise(widths)] + [nn.Linear(widths[-1], 1)])
         self.activations = nn.ModuleList(
             [make_activation(config.activation, width, config.fused) for width in config.mlp_hidden]
         )
@@ -88,7 +89,7 @@ class MLP(nn.Module):
 
 
 class ItemEmbedding(nn.Module):
-    """Item and category tables, shared by candidate and behaviours: ids [...] -> [item ; category] [..., 2·field_dim]."""
+    """Item and category tables, shared by candidate and behaviours: ids [...] -> [item ; category] [..., 2·d]."""
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         super().__init__()

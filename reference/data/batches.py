@@ -109,6 +109,8 @@ def batch_bounds(num_samples: int, batch_size: int) -> list[tuple[int, int]]:
     """Cuts of ``range(num_samples)``. A last batch of one sample joins its neighbour: it has no batch statistics."""
     if batch_size < 2:
         raise ValueError(f"batch_size must be at least 2 (batch statistics need two rows), got {batch_size}")
+    if num_samples == 0:
+        return []
     starts = list(range(0, num_samples, batch_size))
     if len(starts) > 1 and num_samples - starts[-1] == 1:
         starts.pop()

@@ -23,16 +23,24 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 @functools.cache
 def repair_interpreter() -> None:
-    """Let kernels with run-time loop bounds (``range(first, last)``) run in the interpreter under NumPy ≥ 2.4.
+    """Make Triton's interpreter (seen in 3.6) compute what the compiled kernels do.
 
-    Triton keeps scalars as arrays of one element and converts them by ``int(array)``, which NumPy 2.4 refuses for
-    anything but zero dimensions (seen with Triton 3.6). ``array.item()`` means the same in every version. Without the
-    interpreter, or where Triton's internals look different, nothing is changed.
+    * Run-time loop bounds, ``range(first, last)``: Triton keeps scalars as arrays of one element and converts them by
+      ``int(array)``, which NumPy 2.4 refuses for anything but zero dimensions; ``array.item()`` means the same.
+    * bfloat16 lives in arrays of its bit patterns: ``tl.dot`` multiplied the patterns as integers, and conversion from
+      float32 truncated instead of rounding to nearest even.
+
+    Without the interpreter, or where Triton's internals look different, nothing is changed.
     """
     if not (_backend.interpreting() and _backend.has_triton()):
         return
     from triton.runtime import interpreter
 
+    _repair_loop_bounds(interpreter)
+    _repair_bfloat16(interpreter)
+
+
+def _repair_loop_bounds(interpreter: Any) -> None:
     patch = getattr(interpreter, "_patch_lang_tensor", None)
     if patch is None:
         return
@@ -44,3 +52,37 @@ def repair_interpreter() -> None:
         setter(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
+
+
+def _repair_bfloat16(interpreter: Any) -> None:
+    import numpy as np
+    import triton.language as tl
+
+    convert = getattr(interpreter, "_convert_float", None)
+    builder = getattr(interpreter, "InterpreterBuilder", None)
+    dot, handle = getattr(builder, "create_dot", None), getattr(interpreter, "TensorHandle", None)
+    if convert is None or dot is None or handle is None:
+        return
+
+    def converted(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        """Bit patterns of ``data`` in the dtype ``target`` (callers view them as they need)."""
+        if source == tl.bfloat16 and target == tl.float32:
+            return data.view(np.uint16).astype(np.uint32) << np.uint32(16)
+        if source == tl.float32 and target == tl.bfloat16 and rounding is None:
+            bits = np.ascontiguousarray(data).view(np.uint32)
+            even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            rounded = ((bits + even) >> np.uint32(16)).astype(np.uint16)
+            return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)  # the sum may carry a NaN over to 0
+        return convert(data, source, target, rounding)
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        wide = converted(np.ascontiguousarray(operand.data), tl.bfloat16, tl.float32, None)
+        return handle(wide.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    interpreter._convert_float = converted
+    builder.create_dot = create_dot

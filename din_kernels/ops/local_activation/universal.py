@@ -1,0 +1,250 @@
+"""The universal Triton path of the local activation unit: every option of the contract, any shape within ``limits``.
+
+Three functions, as for every backend: ``statistics``, ``forward``, ``backward``. What they launch is described in
+``kernels_universal_forward.py`` and ``kernels_universal_backward.py``; how work is shared out, in ``items.py``. Nothing is
+read back from the device, and each result is the sum of parts in an order that shapes alone decide.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._launch import on_device
+from .factorise import FirstLayer, first_layer
+from .items import Items, make_items, rows_per_item
+from .problem import UnitConfig, UnitOutputs, UnitTensors
+
+ACTIVATION_CODES = {"sigmoid": 0, "relu": 1, "prelu": 2, "dice": 3}  # as in kernels_common.py
+PARAMETER_VECTORS = {"sigmoid": 1, "relu": 1, "prelu": 2, "dice": 4}
+COMBINE_BLOCK = 64  # columns of a program that adds up slots
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Compile-time shape of the kernels: rows of a tile, columns of a block of the embedding and of each hidden layer
+    (16 for layers that do not exist), and the embedding rounded up to a power of two."""
+
+    rows: int
+    dim: int
+    hidden: tuple[int, int, int]
+    padded_dim: int
+    num_warps: int
+
+
+def _power_of_two(number: int) -> int:
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def _block(width: int, cap: int) -> int:
+    """Columns per block: one block where it fits; else the block that pads least, with a preference for few."""
+    whole = _power_of_two(width)
+    if whole <= cap:
+        return whole
+    half = cap // 2
+    padded, padded_half = -(-width // cap) * cap, -(-width // half) * half
+    return half if half >= 16 and padded_half * 5 <= padded * 4 else cap
+
+
+def tiling(config: UnitConfig, dtype: torch.dtype, *, backward: bool = False) -> Tiling:
+    """Products in full fp32 run on the ordinary cores from registers, so their tiles are small."""
+    simt = dtype == torch.float32 and config.precision == "ieee"
+    cap = 32 if simt else 64
+    padded_dim = _power_of_two(config.embedding_dim)
+    rows = 32 if simt or (padded_dim > 128 and not backward) else 64
+    widths = [_block(h, cap) for h in config.hidden_units] + [16] * (3 - len(config.hidden_units))
+    return Tiling(rows, _block(config.embedding_dim, cap), (widths[0], widths[1], widths[2]), padded_dim, 4)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def num_programs(device: torch.device, per_processor: int) -> int:
+    """Programs of a persistent launch (in the interpreter a few, so that tests see more than one)."""
+    return _processors(device) * per_processor if device.type == "cuda" else 3
+
+
+FORWARD_PER_PROCESSOR = 4
+BACKWARD_PER_PROCESSOR = 2
+
+
+def kernel_precision(config: UnitConfig, dtype: torch.dtype) -> str:
+    return config.precision if dtype == torch.float32 else "ieee"  # 16-bit products are exact
+
+
+def shape_constants(config: UnitConfig, tiles: Tiling) -> dict[str, Any]:
+    """Constexprs that all kernels over tiles take."""
+    h1, h2, h3 = (*config.hidden_units, 0, 0)[:3]
+    return {
+        "D": config.embedding_dim, "H1": h1, "H2": h2, "H3": h3,
+        "BD": tiles.dim, "B1": tiles.hidden[0], "B2": tiles.hidden[1], "B3": tiles.hidden[2], "T": tiles.rows,
+        "VECTORS": PARAMETER_VECTORS[config.activation], "ACT": ACTIVATION_CODES[config.activation],
+        "OUTER": config.interaction == "outer",
+    }  # fmt: skip
+
+
+def _padded(width: int, block: int) -> int:
+    return -(-width // block) * block
+
+
+def scratch_columns(config: UnitConfig, tiles: Tiling, layers: int) -> int:
+    """Columns of scratch for hidden layers 0 … layers − 1."""
+    return sum(_padded(h, b) for h, b in zip(config.hidden_units[:layers], tiles.hidden, strict=False))
+
+
+class Prepared:
+    """The operands of one call in the form the kernels read."""
+
+    def __init__(self, config: UnitConfig, tensors: UnitTensors, *, layers: int, per_processor: int, backward: bool) -> None:
+        keys = tensors.keys
+        self.config, self.tensors = config, tensors
+        self.tiles = tiling(config, keys.dtype, backward=backward)
+        self.first: FirstLayer = first_layer(config, tensors)
+        self.query = tensors.query.contiguous()
+        self.lists = tensors.starts.numel()
+        programs = num_programs(keys.device, per_processor)
+        rows = rows_per_item(config, tensors, tile=self.tiles.rows, programs=programs)
+        self.items: Items = make_items(config, tensors, rows)
+        self.programs = max(1, min(programs, self.items.bound * config.candidates))
+        self.params = self._parameters(layers)
+        self.mask = keys if tensors.row_mask is None else tensors.row_mask.contiguous().view(torch.uint8)
+
+    def _parameters(self, layers: int) -> Tensor:
+        """One flat fp32 vector (see kernels_common.py); statistics of ``layers`` layers are known, the rest is unused."""
+        tensors, config = self.tensors, self.config
+        parts: list[Tensor] = []
+        for layer, width in enumerate(config.hidden_units):
+            bias = tensors.biases[layer]
+            parts.append(self.first.offset.new_zeros(width) if bias is None else bias)
+            alpha = tensors.alphas[layer]
+            if config.activation in ("prelu", "dice"):
+                assert alpha is not None
+                parts.append(alpha.reshape(-1).expand(width))
+            if config.uses_dice:
+                known = layer < layers
+                parts.append(tensors.means[layer] if known else parts[-1])
+                parts.append(tensors.rstds[layer] if known else parts[-1])
+        bias = tensors.biases[-1]
+        parts.append(tensors.weights[-1].reshape(-1))
+        parts.append(self.first.offset.new_zeros(1) if bias is None else bias.reshape(1))
+        return torch.cat([part.float() for part in parts])
+
+    def layer_operands(self) -> dict[str, Any]:
+        """Arguments of the layers, the same for every kernel; an operand that does not exist repeats another."""
+        tensors, config = self.tensors, self.config
+        upper = [weight.contiguous() for weight in tensors.weights[1:-1]]
+        outer = config.interaction == "outer"
+        first = self.first.matrix if outer else self.first.shared
+        assert first is not None
+        return {
+            "keys": tensors.keys, "query": self.query, "offset": self.first.offset.contiguous(),
+            "first": first.contiguous(),
+            "product": self.first.offset if self.first.product is None else self.first.product.contiguous(),
+            "weight2": upper[0] if upper else self.params, "weight3": upper[1] if len(upper) > 1 else self.params,
+            "params": self.params, **self.item_operands(),
+            "key_stride": tensors.keys.stride(0),
+        }  # fmt: skip
+
+    def item_operands(self) -> dict[str, Any]:
+        return {
+            "starts": self.tensors.starts, "ends": self.tensors.ends, "row_mask": self.mask,
+            "chunk_offsets": self.items.chunk_offsets, "chunk_list": self.items.chunk_list,
+            "item_rows": self.items.rows, "num_lists": self.lists, "candidates": self.config.candidates,
+        }  # fmt: skip
+
+    def weight_strides(self) -> dict[str, int]:
+        """weight_index as strides of (row, candidate, list)."""
+        candidates, padded = self.config.candidates, self.config.padded_length
+        if padded:
+            return {"weight_row": 1, "weight_candidate": padded, "weight_list": padded * (candidates - 1)}
+        return {"weight_row": candidates, "weight_candidate": 1, "weight_list": 0}
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            **shape_constants(self.config, self.tiles),
+            "HAS_MASK": self.tensors.row_mask is not None,
+            "PRECISION": kernel_precision(self.config, self.tensors.keys.dtype),
+        }
+
+    def scratch(self, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        keys = self.tensors.keys
+        count = max(1, self.programs * self.tiles.rows * columns)
+        return torch.empty(count, dtype=dtype or keys.dtype, device=keys.device)
+
+
+def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(count [] float64, mean [H] fp32, m2 [H] fp32) of hidden layer ``layer``'s pre-activation over all pairs."""
+    from . import kernels_universal_forward as kernels
+
+    device, width = tensors.keys.device, config.hidden_units[layer]
+    if tensors.starts.numel() == 0:
+        zero = torch.zeros(width, device=device)
+        return torch.zeros((), dtype=torch.float64, device=device), zero, zero.clone()
+    call = Prepared(config, tensors, layers=layer, per_processor=FORWARD_PER_PROCESSOR, backward=False)
+    counts = torch.empty(call.programs, dtype=torch.int64, device=device)
+    means = torch.empty(call.programs, width, device=device)
+    m2s = torch.empty_like(means)
+    with on_device(tensors.keys):
+        kernels.statistics_items[(call.programs,)](
+            **call.layer_operands(), counts=counts, means=means, m2s=m2s,
+            scratch=call.scratch(scratch_columns(config, call.tiles, layer)),
+            LAYER=layer, num_warps=call.tiles.num_warps, num_stages=1, **call.constants(),
+        )  # fmt: skip
+    return merge_moments(counts, means, m2s)
+
+
+def merge_moments(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chan's formula over the programs' moments [P], [P, H], [P, H], in float64 (a few thousand numbers)."""
+    counts = counts.double()
+    total = counts.sum()
+    shares = (counts / total.clamp(min=1)).unsqueeze(1)
+    mean = (shares * means).sum(0)
+    m2 = (m2s + counts.unsqueeze(1) * (means - mean).square()).sum(0)
+    return total, mean.float(), m2.float()
+
+
+def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
+    from . import kernels_universal_forward as kernels
+
+    keys, depth = tensors.keys, len(config.hidden_units)
+    queries = tensors.query.shape[0]
+    pooled = torch.empty(queries, config.embedding_dim, dtype=keys.dtype, device=keys.device)
+    log_normaliser = torch.empty(queries if config.softmax else 0, device=keys.device)
+    weights = keys.new_zeros(keys.shape[0] * config.candidates) if return_weights else None
+    if queries == 0:
+        return UnitOutputs(pooled, weights, log_normaliser if config.softmax else None)
+    call = Prepared(config, tensors, layers=depth, per_processor=FORWARD_PER_PROCESSOR, backward=False)
+    attention = weights
+    if config.softmax and return_weights:
+        attention = torch.empty(keys.shape[0] * config.candidates, device=keys.device)
+    several = call.items.slots > queries
+    partial = torch.empty(call.items.slots if several else 1, config.embedding_dim, device=keys.device)
+    partial_softmax = torch.empty(partial.shape[0] if config.softmax else 1, 2, device=keys.device)
+    with on_device(keys):
+        kernels.forward_items[(call.programs,)](
+            **call.layer_operands(), pooled=pooled, log_normaliser=log_normaliser,
+            partial=partial, partial_softmax=partial_softmax, attention=pooled if attention is None else attention,
+            scratch=call.scratch(scratch_columns(config, call.tiles, depth - 1)),
+            scale=float(config.scale), **call.weight_strides(),
+            BLOCK_D=call.tiles.padded_dim, DEPTH=depth, SOFTMAX=config.softmax, HAS_ATTENTION=return_weights,
+            num_warps=call.tiles.num_warps, num_stages=1, **call.constants(),
+        )  # fmt: skip
+        if several:
+            block = min(COMBINE_BLOCK, call.tiles.padded_dim)
+            grid = (min(queries, num_programs(keys.device, 8)), -(-config.embedding_dim // block))
+            kernels.combine_items[grid](
+                partial, partial_softmax, call.items.chunk_offsets, pooled, log_normaliser, call.lists, config.candidates,
+                D=config.embedding_dim, BLOCK_D=block, BLOCK_K=16, SOFTMAX=config.softmax, num_warps=4,
+            )  # fmt: skip
+        if weights is not None and config.softmax:
+            kernels.normalise_weights[(call.programs,)](
+                attention, log_normaliser, weights, **call.item_operands(), **call.weight_strides(),
+                T=128, HAS_MASK=tensors.row_mask is not None, num_warps=4,
+            )  # fmt: skip
+    return UnitOutputs(pooled, weights, log_normaliser if config.softmax else None)

@@ -172,7 +172,7 @@ def test_s3rec_sequences(tmp_path: Path) -> None:
     (tmp_path / "Toys.txt").write_text("1 1 3\n")
     with pytest.raises(DataError, match="not a JSON object"):
         load("amazon-Toys", tmp_path)
-    with pytest.raises(DataError, match="Games.txt is missing"):
+    with pytest.raises(DataError, match=r"Games.txt is missing"):
         load("amazon-Games", tmp_path)
 
 

@@ -200,3 +200,28 @@ def test_replacing_leaves_no_half_file(tmp_path: Path) -> None:
         interrupted()
     assert json.loads(target.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_search_scores_validation_users_only_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reference import search
+
+    data, seen = small_data(), []
+
+    def spy(model: torch.nn.Module, held: ClickData, options: Options, **rest: object) -> training_loop.RunResult:
+        seen.append(held)
+        return training_loop.train(model, held, options, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search, "train", spy)
+    options = dataclasses.replace(TINY, models=("din",), epochs=1, regularizer="l2")
+    out, grid = tmp_path / "search.json", {"lr": [1e-4, 0.02], "reg_lambda": [0.0]}
+    rows = search.search(options, data, grid, [1, 2], out, quiet=True)
+    assert [len(row["gauc"]) for row in rows] == [2, 2]
+    assert np.mean(rows[0]["gauc"]) >= np.mean(rows[1]["gauc"])
+    test_users = set(data.test.user.tolist())
+    for held in seen:
+        assert not test_users & (set(held.train.user.tolist()) | set(held.test.user.tolist()))
+    seen.clear()
+    again = search.search(dataclasses.replace(options, resume=True), data, grid, [1, 2], out, quiet=True)
+    assert again == rows
+    assert seen == []
+    assert "validation GAUC" in search.table(rows)

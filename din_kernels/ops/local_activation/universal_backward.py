@@ -1,0 +1,200 @@
+"""Launches of the universal backward kernels (``kernels_universal_backward.py``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._launch import on_device
+from .factorise import FirstLayerGradients, first_layer_backward
+from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
+from .universal import BACKWARD_PER_PROCESSOR, Prepared, num_programs, scratch_columns
+
+# Sums that programs keep apart until the end; beyond this fewer programs run than the GPU could hold.
+PRIVATE_BYTES = 96 << 20
+
+
+def private_columns(config: UnitConfig) -> int:
+    """Floats in one program's row of sums (see kernels_universal_backward.py)."""
+    widths, dim = config.hidden_units, config.embedding_dim
+    upper = sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+    first = 2 * widths[0] * dim if config.interaction == "product" else 0
+    return 2 * sum(widths) + widths[-1] + 1 + upper + first
+
+
+class _Backward:
+    """One call: operands shared by the passes that gather Dice's sums and by the main one."""
+
+    def __init__(
+        self, config: UnitConfig, tensors: UnitTensors, saved: UnitOutputs, grad_pooled: Tensor,
+        grad_weights: Tensor | None, inv_count: Tensor | None,
+    ) -> None:  # fmt: skip
+        keys = tensors.keys
+        self.config, self.tensors, self.inv_count = config, tensors, inv_count
+        depth = len(config.hidden_units)
+        self.call = Prepared(config, tensors, layers=depth, per_processor=BACKWARD_PER_PROCESSOR, backward=True)
+        call, tiles = self.call, self.call.tiles
+        most = num_programs(keys.device, BACKWARD_PER_PROCESSOR)
+        self.groups = max(1, min(config.candidates, most // max(1, call.items.bound)))
+        self.columns = private_columns(config)
+        least = num_programs(keys.device, 1)
+        most = min(most, max(least, PRIVATE_BYTES // (4 * self.columns)))
+        call.programs = max(1, min(most, call.items.bound * self.groups))
+
+        self.grad_pooled = grad_pooled.contiguous()
+        self.grad_weights = None if grad_weights is None else grad_weights.contiguous()
+        self.delta = self._delta(saved) if config.softmax else call.params
+        self.sums = torch.zeros(2 * sum(config.hidden_units), device=keys.device)
+        nothing = call.params
+        hidden = scratch_columns(config, tiles, depth)
+        self.arguments: dict[str, Any] = {
+            **call.layer_operands(), **call.weight_strides(), **call.constants(),
+            "grad_pooled": self.grad_pooled,
+            "grad_weights": nothing if self.grad_weights is None else self.grad_weights,
+            "log_normaliser": nothing if saved.log_normaliser is None else saved.log_normaliser.contiguous(),
+            "delta": self.delta, "sums": self.sums,
+            "inputs_scratch": call.scratch(hidden, torch.float32), "hidden_scratch": call.scratch(2 * hidden),
+            "num_rows": keys.shape[0], "groups": self.groups, "scale": float(config.scale),
+            "DEPTH": depth, "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,
+            "BATCH_STATISTICS": inv_count is not None, "MANY": config.candidates > 1,
+            "num_warps": tiles.num_warps, "num_stages": 1,
+        }  # fmt: skip
+
+    def _add_slots(self, slots: Tensor) -> None:
+        """slots [·, …]: afterwards the first Q are complete."""
+        from . import kernels_universal_backward as kernels
+
+        call = self.call
+        queries, width = self.tensors.query.shape[0], slots[0].numel()
+        if call.items.slots == queries:
+            return
+        block = 128
+        grid = (min(queries, num_programs(slots.device, 8)), -(-width // block))
+        kernels.add_slots[grid](
+            slots, call.items.chunk_offsets, call.lists, self.config.candidates, width,
+            BLOCK=block, BLOCK_K=8, num_warps=4,
+        )  # fmt: skip
+
+    def _delta(self, saved: UnitOutputs) -> Tensor:
+        """δ_q = g · u_q + Σ_j a_j · ∂L/∂a_j, fp32 [Q]."""
+        from . import kernels_universal_backward as kernels
+
+        delta = (self.grad_pooled.float() * saved.pooled.float()).sum(1)
+        if self.grad_weights is None:
+            return delta
+        assert saved.weights is not None
+        call = self.call
+        slots = torch.empty(call.items.slots, 1, device=delta.device)
+        with on_device(self.tensors.keys):
+            programs = min(call.items.bound * self.config.candidates, num_programs(delta.device, 8))
+            kernels.weighted_gradients[(programs,)](
+                saved.weights, self.grad_weights, slots, **call.item_operands(), **call.weight_strides(),
+                T=128, HAS_MASK=self.tensors.row_mask is not None, num_warps=4,
+            )  # fmt: skip
+            self._add_slots(slots)
+        return delta + slots[: delta.shape[0], 0]
+
+    def gather(self, layer: int) -> None:
+        """Dice's two sums of ``layer`` times 1/count, for the passes that follow."""
+        from . import kernels_universal_backward as kernels
+
+        assert self.inv_count is not None
+        width, before = self.config.hidden_units[layer], sum(self.config.hidden_units[:layer])
+        private = torch.zeros(self.call.programs, 2 * width, device=self.sums.device)
+        unused = self.call.params
+        with on_device(self.tensors.keys):
+            kernels.backward_items[(self.call.programs,)](
+                **self.arguments, private=private, private_size=2 * width, offset_slots=unused, first_slots=unused,
+                grad_keys=unused, keys_scratch=unused, GATHER=layer,
+            )  # fmt: skip
+        torch.mul(private.sum(0), self.inv_count, out=self.sums[2 * before : 2 * (before + width)])
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(sums of the programs [columns], γ [Q, H1], first-layer gradient per query row, gradient of keys)."""
+        from . import kernels_universal_backward as kernels
+
+        config, call, keys = self.config, self.call, self.tensors.keys
+        rows, dim = keys.shape
+        width, queries = config.hidden_units[0], self.tensors.query.shape[0]
+        private = torch.zeros(call.programs, self.columns, device=keys.device)
+        offset_slots = torch.empty(call.items.slots, width, device=keys.device)
+        first_shape = (width, dim) if config.interaction == "outer" else (dim,)
+        first_slots = torch.empty(call.items.slots, *first_shape, device=keys.device)
+        # Rows of padded keys beyond their list's length belong to no item.
+        make = torch.zeros if config.padded_length else torch.empty
+        dtype = keys.dtype if self.groups == 1 else torch.float32
+        grad_keys = make(self.groups, rows, dim, dtype=dtype, device=keys.device)
+        many = config.candidates > 1
+        with on_device(keys):
+            kernels.backward_items[(call.programs,)](
+                **self.arguments, private=private, private_size=self.columns,
+                offset_slots=offset_slots, first_slots=first_slots, grad_keys=grad_keys,
+                keys_scratch=call.scratch(dim, torch.float32) if many else call.params, GATHER=-1,
+            )  # fmt: skip
+            self._add_slots(offset_slots)
+            self._add_slots(first_slots)
+        total = grad_keys[0] if self.groups == 1 else grad_keys.sum(0).to(keys.dtype)
+        return private.sum(0), offset_slots[:queries], first_slots[:queries], total
+
+
+def _zeros(tensors: UnitTensors) -> UnitGradients:
+    def like(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+    return UnitGradients(
+        torch.zeros_like(tensors.query), tensors.keys.new_zeros(tensors.keys.shape),
+        [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in tensors.weights],
+        [like(b) for b in tensors.biases], [like(a) for a in tensors.alphas],
+    )  # fmt: skip
+
+
+def backward(
+    config: UnitConfig,
+    tensors: UnitTensors,
+    saved: UnitOutputs,
+    grad_pooled: Tensor,
+    grad_weights: Tensor | None,
+    inv_count: Tensor | None,
+) -> UnitGradients:
+    """Gradients of everything; ``saved.weights`` is needed with ``grad_weights`` and softmax. See torch_impl.backward."""
+    if tensors.query.shape[0] == 0:
+        return _zeros(tensors)
+    work = _Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+    depth, dim = len(config.hidden_units), config.embedding_dim
+    if inv_count is not None:
+        for layer in reversed(range(depth)):
+            work.gather(layer)
+    sums, offset, per_query, grad_keys = work.run()
+
+    # The row of sums, piece by piece.
+    widths = config.hidden_units
+    sizes = [size for width in widths for size in (width, width)] + [widths[-1], 1]
+    sizes += [a * b for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    outer = config.interaction == "outer"
+    sizes += [] if outer else [widths[0] * dim] * 2
+    pieces = list(sums.split(sizes))
+    of_layers, out_weight, out_bias = pieces[: 2 * depth], pieces[2 * depth], pieces[2 * depth + 1]
+    matrices = pieces[2 * depth + 2 :]
+    if outer:
+        first = FirstLayerGradients(offset, matrix=per_query)
+    else:
+        shared, product = (m.view(widths[0], dim) for m in matrices[-2:])
+        first = FirstLayerGradients(offset, shared, product, per_query)
+    grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, first)
+
+    weights = [grad_first]
+    weights += [matrices[i].view_as(w).to(w.dtype) for i, w in enumerate(tensors.weights[1:-1])]
+    weights.append(out_weight.view_as(tensors.weights[-1]).to(tensors.weights[-1].dtype))
+    biases: list[Tensor | None] = [grad_bias]
+    for value, bias in zip([*of_layers[2::2], out_bias], tensors.biases[1:], strict=True):
+        biases.append(None if bias is None else value.to(bias.dtype))
+    alphas: list[Tensor | None] = []
+    for value, alpha in zip(of_layers[1::2], tensors.alphas, strict=True):
+        if alpha is None:
+            alphas.append(None)
+        else:
+            total = value.sum() if alpha.numel() == 1 and value.numel() > 1 else value
+            alphas.append(total.view_as(alpha).to(alpha.dtype))
+    return UnitGradients(grad_query, grad_keys, weights, biases, alphas)

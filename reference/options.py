@@ -45,6 +45,7 @@ class Options:
     lr: float = 0.001
     lr_decay: float = 0.1
     adam_eps: float = 1e-8
+    clip_norm: float = 0.0
     batch_size: int = 256
     epochs: int = 3
     seed: int = 1
@@ -102,6 +103,7 @@ def check(options: Options) -> None:
     require(options.max_history >= 0, "max_history", "at least 0")
     require(options.lr > 0, "lr", "positive")
     require(0 < options.lr_decay <= 1, "lr_decay", "in (0, 1]")
+    require(options.clip_norm >= 0, "clip_norm", "at least 0 (0: no clipping)")
     require(options.reg_lambda >= 0, "reg_lambda", "at least 0")
     require(0 <= options.dropout < 1, "dropout", "in [0, 1)")
     require(0 <= options.validation < 1, "validation", "in [0, 1)")
@@ -160,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=float)
     train.add_argument("--lr-decay", type=float, help="lr falls exponentially to lr·this over the run")
     train.add_argument("--adam-eps", type=float)
+    train.add_argument("--clip-norm", type=float, help="limit of the gradient norm over all parameters; 0: none")
     train.add_argument("--batch-size", type=int)
     train.add_argument("--epochs", type=int)
     train.add_argument("--seed", type=int)

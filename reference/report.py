@@ -22,13 +22,19 @@ def loss_difference(one: list[float], other: list[float]) -> float:
     return max((abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True)), default=0.0)
 
 
+def base_of(results: list[RunResult]) -> RunResult | None:
+    """The BaseModel that RelaImpr is measured against: the better of sum and mean pooling, unfused if trained.
+
+    The better one, because pooling is a choice the BaseModel has too: against the weaker one DIN would look too good.
+    """
+    candidates = [r for r in results if r.model_name in ("base", "base-mean")]
+    unfused = [r for r in candidates if r.variant == "unfused"]
+    return max(unfused or candidates, key=lambda r: r.scores.gauc, default=None)
+
+
 def base_gauc(results: list[RunResult]) -> float | None:
-    """GAUC of the BaseModel that RelaImpr is measured against: sum pooling, unfused if there is a choice."""
-    for name, variant in (("base", "unfused"), ("base", "fused"), ("base-mean", "unfused"), ("base-mean", "fused")):
-        for result in results:
-            if (result.model_name, result.variant) == (name, variant):
-                return result.scores.gauc
-    return None
+    base = base_of(results)
+    return None if base is None else base.scores.gauc
 
 
 def fused_differences(results: list[RunResult]) -> dict[str, float]:
@@ -109,14 +115,18 @@ def notes(results: list[RunResult], baselines: dict[str, Scores], part: str) -> 
     lines.append(
         f"GAUC over {some.users} {part} users; {some.users_left_out} with one class only left out (no AUC is defined)."
     )
+    base = base_of(results)
+    if base is not None:
+        lines.append(f"RelaImpr is measured over {base.model_name} ({base.variant}).")
     for name, gap in fused_differences(results).items():
         verdict = "within" if gap <= 1e-4 else "ABOVE"
         lines.append(f"{name}: fused and unfused loss curves differ by at most {gap:.1e} relative ({verdict} 1e-4).")
-    base = base_gauc(results)
     for result in results:
         if result.model_name != "din":
             continue
-        rivals = {**({} if base is None else {"BaseModel": base}), **{k: v.gauc for k, v in baselines.items()}}
+        rivals = {k: v.gauc for k, v in baselines.items()}
+        if base is not None:
+            rivals[base.model_name] = base.scores.gauc
         lost = [f"{name} ({gauc:.4f})" for name, gauc in rivals.items() if result.scores.gauc <= gauc]
         if lost:
             lines.append(f"din ({result.variant}) does NOT beat {', '.join(lost)} with GAUC {result.scores.gauc:.4f}.")

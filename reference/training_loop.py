@@ -173,6 +173,8 @@ def train(
                 penalty = regularizer.penalty(model, batch)
                 optimizer.zero_grad(set_to_none=True)
                 (loss if penalty is None else loss + penalty).backward()
+                if options.clip_norm:
+                    nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
                 optimizer.step()
                 pending.append(loss.detach())
                 times.append(time.perf_counter() - step_began)

@@ -184,7 +184,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_demo_defaults_can_be_overridden() -> None:
     options = parse(["--demo", "--epochs", "7"], train.DEMO)
     assert options == dataclasses.replace(train.DEMO, epochs=7)
-    assert train.planned_runs(train.DEMO, demo=True) == [("base", "unfused"), ("din", "unfused"), ("din", "fused")]
+    assert train.planned_runs(train.DEMO, demo=True) == [
+        ("base-mean", "unfused"),
+        ("din", "unfused"),
+        ("din", "fused"),
+    ]
 
 
 def test_replacing_leaves_no_half_file(tmp_path: Path) -> None:

@@ -86,21 +86,34 @@ def autocast(options: Options, device: torch.device) -> contextlib.AbstractConte
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: ClickData, samples: Samples, options: Options) -> np.ndarray:
+def predict(
+    model: nn.Module,
+    data: ClickData,
+    samples: Samples,
+    options: Options,
+    regularizer: regularizers.Regularizer | None = None,
+) -> np.ndarray:
     """Logits of ``samples`` [S] float32, in evaluation mode; the model's mode is restored."""
     device = torch.device(options.device)
     training = model.training
     model.eval()
     parts = []
     for batch in eval_batches(data, samples, options.eval_batch_size):
+        batch = batch.to(device)
+        if regularizer is not None:
+            batch = regularizer.batch(batch, training=False)
         with autocast(options, device):
-            parts.append(model(batch.to(device)).float().cpu())
+            parts.append(model(batch).float().cpu())
     model.train(training)
     return torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)
 
 
-def evaluate(model: nn.Module, data: ClickData, options: Options) -> Scores:
-    return evaluate_scores(data.test.label, predict(model, data, data.test, options), data.test.user)
+def evaluate(
+    model: nn.Module, data: ClickData, options: Options, regularizer: regularizers.Regularizer | None = None
+) -> Scores:
+    """Scores on ``data.test``."""
+    logits = predict(model, data, data.test, options, regularizer)
+    return evaluate_scores(data.test.label, logits, data.test.user)
 
 
 def make_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
@@ -166,7 +179,7 @@ def train(
                 step_began = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(options, epoch * steps_per_epoch + index, total)
-                batch = regularizer.batch(batch.to(device))
+                batch = regularizer.batch(batch.to(device), training=True)
                 with autocast(options, device):
                     logits = forward(batch)
                 loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.label)
@@ -188,7 +201,7 @@ def train(
                 at = epoch * steps_per_epoch + int((~torch.isfinite(losses)).nonzero()[0, 0])
                 raise FloatingPointError(f"{model_name} {variant}: the loss is not finite at step {at}: lower --lr")
             progress.losses += losses.tolist()
-            scores = evaluate(model, data, options)
+            scores = evaluate(model, data, options, regularizer)
             progress.epochs.append(scores.as_dict())
             progress.epoch = epoch + 1
             progress.step_seconds = statistics.median(times)
@@ -202,7 +215,7 @@ def train(
                     file=sys.stderr,
                 )
     progress.peak_bytes = max(progress.peak_bytes, memory.bytes)
-    final = progress.epochs[-1] if progress.epochs else evaluate(model, data, options).as_dict()
+    final = progress.epochs[-1] if progress.epochs else evaluate(model, data, options, regularizer).as_dict()
     return RunResult(
         model_name=model_name,
         variant=variant,

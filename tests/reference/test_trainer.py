@@ -107,23 +107,6 @@ def test_saved_weights_give_the_same_scores(tiny: ClickData, tmp_path: Path) -> 
     assert training_loop.evaluate(model, tiny, options) == result.scores
 
 
-def test_l2_shrinks_only_the_rows_of_the_batch(tiny: ClickData) -> None:
-    from reference.data import gather_batch
-    from reference.regularizers import make
-
-    options = dataclasses.replace(TINY, regularizer="l2", reg_lambda=0.5)
-    model = build("din", schema_of(tiny), options.model_config())
-    batch = gather_batch(tiny, tiny.train.take(np.arange(30, 36)))
-    penalty = make(options, tiny).penalty(model, batch)
-    assert penalty is not None
-    penalty.backward()
-    table = model.items.item
-    rows = set(batch.item.tolist()) | set(batch.history_item.tolist())
-    for row in range(table.num_embeddings):
-        expected = 0.5 * table.weight[row].detach() if row in rows else torch.zeros(4)
-        torch.testing.assert_close(table.weight.grad[row], expected)
-
-
 def test_learning_rate_falls_exponentially() -> None:
     options = Options(lr=1.0, lr_decay=0.1)
     assert training_loop.learning_rate(options, 0, 100) == 1.0

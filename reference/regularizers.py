@@ -22,7 +22,7 @@ _CHUNK = 200_000  # samples whose (sample, id) pairs are counted at a time
 
 
 class Regularizer:
-    """Nothing: the base of the others. ``batch`` sees every batch, ``penalty`` (added to the loss) those of training."""
+    """Nothing: the base of the others. ``batch`` sees every batch, ``penalty`` (added to the loss) training ones."""
 
     def batch(self, batch: Batch, *, training: bool) -> Batch:
         return batch

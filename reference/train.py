@@ -22,6 +22,7 @@ DEMO = Options(
     models=("base-mean", "din"),
     variants=("unfused", "fused"),
     softmax=True,
+    init_std=0.02,
     optimizer="sgd",
     lr=2.0,
     clip_norm=5.0,

@@ -52,6 +52,7 @@ class Options:
     split_seed: int = 0
     validation: float = 0.0
     device: str = "cpu"
+    threads: int = 0
     compile: bool = False
     amp: str = "none"
     eval_batch_size: int = 1024
@@ -100,6 +101,7 @@ def check(options: Options) -> None:
     for name in ("epochs", "field_dim", "eval_batch_size"):
         require(getattr(options, name) >= 1, name, "at least 1")
     require(options.batch_size >= 2, "batch_size", "at least 2 (batch statistics)")
+    require(options.threads >= 0, "threads", "at least 0 (0: torch's own choice)")
     require(options.max_history >= 0, "max_history", "at least 0")
     require(options.lr > 0, "lr", "positive")
     require(0 < options.lr_decay <= 1, "lr_decay", "in (0, 1]")
@@ -167,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=int)
     train.add_argument("--seed", type=int)
     train.add_argument("--device")
+    train.add_argument("--threads", type=int, help="CPU threads; 0: torch's own choice")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the models")
     train.add_argument("--amp", choices=AMP, help="automatic mixed precision")
     train.add_argument("--eval-batch-size", type=int)

@@ -59,7 +59,7 @@ def summary(
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
+            "threads": options.threads or torch.get_num_threads(),
         },
         "baselines": {name: scores.as_dict() for name, scores in baselines.items()},
         "results": {

@@ -27,7 +27,8 @@ DEMO = Options(
     lr=2.0,
     clip_norm=5.0,
     batch_size=64,
-    epochs=3,
+    epochs=2,
+    threads=1,  # steps are small: threads gain little, and one gives the same numbers on any number of cores
     out="runs/demo",
 )
 
@@ -55,6 +56,9 @@ def run(options: Options, data: ClickData | None = None, *, demo: bool = False, 
     out = output_folder(options)
     if not quiet:
         print(data.describe(), file=sys.stderr)
+    threads = torch.get_num_threads()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     deterministic = torch.are_deterministic_algorithms_enabled()
     # index_add and embedding backward use float atomics on a GPU unless told otherwise.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -73,6 +77,7 @@ def run(options: Options, data: ClickData | None = None, *, demo: bool = False, 
             save_weights(out / f"{name}-{variant}.safetensors", model)
             results.append(result)
     finally:
+        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     baselines = {name: baseline(data) for name, baseline in BASELINES.items()}
     report.write(out / "metrics.json", report.summary(data, options, results, baselines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +40,11 @@ def _save(figure: Any, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _smooth(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of consecutive blocks of ``width`` steps, and the step at the middle of each."""
+def _smooth(values: np.ndarray, width: int, of: Callable[..., Any] = np.mean) -> tuple[np.ndarray, np.ndarray]:
+    """The middle step of each block of ``width`` consecutive steps, and the blocks' means (or another ``of``)."""
     width = max(1, min(width, len(values)))
     blocks = len(values) // width
-    means = values[: blocks * width].reshape(blocks, width).mean(1)
-    return (np.arange(blocks) + 0.5) * width, means
+    return (np.arange(blocks) + 0.5) * width, of(values[: blocks * width].reshape(blocks, width), axis=1)
 
 
 def loss_curves(results: list[RunResult], path: Path, title: str = "") -> None:
@@ -77,13 +77,15 @@ def loss_curves(results: list[RunResult], path: Path, title: str = "") -> None:
         for twin, plain in pairs:
             a, b = np.asarray(twin.losses), np.asarray(plain.losses)
             gap = np.abs(a - b) / np.maximum(np.abs(b), 1e-12)
-            axes[2].plot(np.maximum(gap, 1e-9), lw=0.8, color=colour[twin.model_name], label=twin.model_name)
+            steps, worst = _smooth(gap, max(1, len(gap) // 60), np.max)
+            axes[2].plot(steps, np.maximum(worst, 1e-9), lw=2.0, color=colour[twin.model_name], label=twin.model_name)
         axes[2].axhline(1e-4, color=INK, ls="--", lw=1.2)
         axes[2].text(0.99, 1.15e-4, "limit 1e-4", ha="right", va="bottom", transform=axes[2].get_yaxis_transform())
         axes[2].set(
             yscale="log", xlabel="training step", ylabel="relative difference", title="Fused against unfused loss"
         )
-        axes[2].legend(frameon=False, loc="lower right")
+        axes[2].legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, 0.85))
+        axes[2].set_ylim(5e-10, max(5e-4, axes[2].get_ylim()[1]))
     for axis in axes:
         axis.grid(color=GRID, lw=0.6)
         axis.set_axisbelow(True)
@@ -166,11 +168,19 @@ def _name(data: ClickData, item: int, width: int) -> str:
 def _draw_weights(
     data: ClickData, path: Path, rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, probability: np.ndarray
 ) -> None:
-    limit = float(np.abs(weights).max()) or 1.0
-    signed = bool((weights < 0).any())
+    centre, label = 0.0, "weight"
+    if np.allclose(weights.sum(1), 1.0, atol=1e-3) and not (weights < 0).any():
+        # Softmax: what matters is by how much a weight differs from 1/n, which indifferent attention gives to all.
+        weights, centre, label = weights * len(columns), 1.0, f"weight relative to uniform (1/{len(columns)})"
+    signed = bool((weights < centre).any())
+    limit = float(np.abs(weights - centre).max()) or 1.0
     figure, axis = _figure(4.5 + 0.48 * len(columns), 3.2 + 0.42 * len(rows))
     image = axis.imshow(
-        weights, cmap="RdBu_r" if signed else "Reds", vmin=-limit if signed else 0.0, vmax=limit, aspect="auto"
+        weights,
+        cmap="RdBu_r" if signed else "Reds",
+        vmin=centre - limit if signed else 0.0,
+        vmax=centre + limit,
+        aspect="auto",
     )
     axis.set_xticks(
         range(len(columns)), [_name(data, int(i), 24) for i in columns], rotation=50, ha="right", fontsize=8
@@ -189,5 +199,5 @@ def _draw_weights(
     axis.set_xlabel("behaviours, oldest to newest")
     axis.set_ylabel("candidates, by predicted probability")
     axis.set_title(f"Activation weights of one user's behaviours, {data.name}")
-    figure.colorbar(image, ax=axis, label="weight", shrink=0.85, pad=0.01)
+    figure.colorbar(image, ax=axis, label=label, shrink=0.85, pad=0.01)
     _save(figure, path)

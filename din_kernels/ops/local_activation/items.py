@@ -1,12 +1,13 @@
-"""Work items: lists cut into chunks of a few hundred rows, so that one list of 100,000 is shared out like any other work.
+"""Work items: lists cut into chunks of a few hundred rows, so that one list of 100,000 is shared out like any other
+work.
 
-List s becomes ``max(1, ⌈length / rows⌉)`` chunks, numbered through all lists; an empty list keeps one chunk, whose program
-writes its zeros. There are at most S + ⌊R / rows⌋ chunks, a bound known from shapes alone, so nothing is read back from the
-device. A chunk times a candidate is a work item: (query row, first row, last row).
+List s becomes ``max(1, ⌈length / rows⌉)`` chunks, numbered through all lists; an empty list keeps one chunk, whose
+program writes its zeros. There are at most S + ⌊R / rows⌋ chunks, a bound known from shapes alone, so nothing is read
+back from the device. A chunk times a candidate is a work item: (query row, first row, last row).
 
-What an item adds to its query row goes to *slot* q if its chunk is the first of its list, and otherwise to one of the extra
-slots behind the Q first ones; extra slots of one list are C apart (``kernels_common.slot_of``). Lists of one chunk, most
-lists of most batches, thus write their result in place, and only longer ones need their slots added up.
+What an item adds to its query row goes to *slot* q if its chunk is the first of its list, and otherwise to one of the
+extra slots behind the Q first ones; extra slots of one list are C apart (``kernels_common.slot_of``). Lists of one
+chunk, most lists of most batches, thus write their result in place, and only longer ones need their slots added up.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """What the universal kernels share: finding an item's rows, the layers of the scoring network, and their activations.
 
-A program handles one tile of BLOCK_T rows at a time. A layer is computed in blocks of B columns, each the sum over blocks of
-the layer below. Hidden activations of the tile rest between layers in scratch memory of the program's own (it stays in the
-L2 cache), not in registers: so no width makes a kernel spill, and one kernel serves every width up to 256. The price is a
-trip through the cache and a barrier per layer, which the kernels for common shapes do not pay.
+A program handles one tile of BLOCK_T rows at a time. A layer is computed in blocks of B columns, each the sum over
+blocks of the layer below. Hidden activations of the tile rest between layers in scratch memory of the program's own
+(it stays in the L2 cache), not in registers: so no width makes a kernel spill, and one kernel serves every width up
+to 256. The price is a trip through the cache and a barrier per layer, which the kernels for common shapes do not pay.
 
-Layout of ``params`` (fp32, one flat vector): per hidden layer VECTORS vectors of its width: bias; alpha (PReLU, Dice); mean
-and rstd (Dice); after the last layer the output layer's weight, then its bias. The first layer's bias slot is unused: its
-bias is part of ``offset``.
+Layout of ``params`` (fp32, one flat vector): per hidden layer VECTORS vectors of its width: bias; alpha (PReLU,
+Dice); mean and rstd (Dice); after the last layer the output layer's weight, then its bias. The first layer's bias
+slot is unused: its bias is part of ``offset``.
 """
 
 import triton
@@ -18,6 +18,14 @@ SIGMOID = tl.constexpr(0)
 RELU = tl.constexpr(1)
 PRELU = tl.constexpr(2)
 DICE = tl.constexpr(3)
+
+
+@triton.jit
+def fresh_origin(zero):
+    """0, but no compiler can know: ``zero`` points at one. Added to the indices of a phase (between two barriers),
+    it keeps their address arithmetic, hundreds of registers of it, from being hoisted out of all loops or shared
+    with other phases."""
+    return tl.multiple_of(tl.load(zero).to(tl.int32), 128)
 
 
 @triton.jit
@@ -47,8 +55,8 @@ def load_rows(keys, rows, live, d, key_stride, D: tl.constexpr):
 
 @triton.jit
 def load_first(first, product, query, n, d, H: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr):
-    """Block A[n, d] of the first layer's matrix, laid out [d, n], fp32: of the query row itself for the outer interaction,
-    put together from shared and product parts for the other."""
+    """Block A[n, d] of the first layer's matrix, laid out [d, n], fp32: of the query row itself for the outer
+    interaction, put together from shared and product parts for the other."""
     inside = (d < D)[:, None] & (n < H)[None, :]
     at = n[None, :] * D + d[:, None]
     a = tl.load(first + at, mask=inside, other=0.0)
@@ -60,14 +68,14 @@ def load_first(first, product, query, n, d, H: tl.constexpr, D: tl.constexpr, OU
 
 @triton.jit
 def first_layer(
-    keys, rows, live, key_stride, query, offset, first, product, n,
+    keys, rows, live, key_stride, query, offset, first, product, n, origin,
     D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, OUTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z1 [T, B] = c + e Aᵀ for columns ``n``."""
     z = tl.zeros([rows.shape[0], n.shape[0]], tl.float32)
     z += tl.load(offset + n, mask=n < H, other=0.0)[None, :]
     for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
+        d = d0 + origin + tl.arange(0, BD)
         e = load_rows(keys, rows, live, d, key_stride, D)
         a = load_first(first, product, query, n, d, H, D, OUTER)
         z = tl.dot(e, a.to(e.dtype), z, input_precision=PRECISION)
@@ -76,16 +84,18 @@ def first_layer(
 
 @triton.jit
 def upper_layer(
-    below, weight, bias, t, n, H: tl.constexpr, H_BELOW: tl.constexpr, B_BELOW: tl.constexpr, PRECISION: tl.constexpr,
+    below, weight, bias, t, n, origin,
+    H: tl.constexpr, H_BELOW: tl.constexpr, B_BELOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z [T, B] = b + h Wᵀ for columns ``n``; ``below`` is the tile of h in scratch, whole blocks of B_BELOW wide."""
     PAD: tl.constexpr = (H_BELOW + B_BELOW - 1) // B_BELOW * B_BELOW
     z = tl.zeros([t.shape[0], n.shape[0]], tl.float32)
     z += tl.load(bias + n, mask=n < H, other=0.0)[None, :]
     for k0 in range(0, H_BELOW, B_BELOW):
-        k = k0 + tl.arange(0, B_BELOW)
+        k = k0 + origin + tl.arange(0, B_BELOW)
         h = tl.load(below + t[:, None] * PAD + k[None, :])
-        w = tl.load(weight + n[None, :] * H_BELOW + k[:, None], mask=(k < H_BELOW)[:, None] & (n < H)[None, :], other=0.0)
+        inside = (k < H_BELOW)[:, None] & (n < H)[None, :]
+        w = tl.load(weight + n[None, :] * H_BELOW + k[:, None], mask=inside, other=0.0)
         z = tl.dot(h, w, z, input_precision=PRECISION)
     return z
 
@@ -113,41 +123,45 @@ def activate(z, params, n, H: tl.constexpr, ACT: tl.constexpr):
 
 @triton.jit
 def layer(
-    LAYER: tl.constexpr, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params, hidden, n,
-    D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr,
+    LAYER: tl.constexpr, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params,
+    hidden, n, origin, D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr,
     BD: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     VECTORS: tl.constexpr, OUTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pre-activation z of hidden layer LAYER for columns ``n``; the layers below lie in ``hidden``."""
     T: tl.constexpr = rows.shape[0]
-    t = tl.arange(0, T)
+    t = origin + tl.arange(0, T)
     if LAYER == 0:
-        return first_layer(keys, rows, live, key_stride, query, offset, first, product, n, D, H1, BD, OUTER, PRECISION)
+        return first_layer(keys, rows, live, key_stride, query, offset, first, product, n, origin,
+                           D, H1, BD, OUTER, PRECISION)  # fmt: skip
     elif LAYER == 1:
-        return upper_layer(hidden, weight2, params + VECTORS * H1, t, n, H2, H1, B1, PRECISION)
+        return upper_layer(hidden, weight2, params + VECTORS * H1, t, n, origin, H2, H1, B1, PRECISION)
     else:
         PAD1: tl.constexpr = (H1 + B1 - 1) // B1 * B1
-        return upper_layer(hidden + T * PAD1, weight3, params + VECTORS * (H1 + H2), t, n, H3, H2, B2, PRECISION)
+        return upper_layer(
+            hidden + T * PAD1, weight3, params + VECTORS * (H1 + H2), t, n, origin, H3, H2, B2, PRECISION
+        )
 
 
 @triton.jit
 def layers_below(
     TOP: tl.constexpr, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params,
-    hidden, inputs,
+    hidden, inputs, zero,
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr,
     BD: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     VECTORS: tl.constexpr, ACT: tl.constexpr, OUTER: tl.constexpr, PRECISION: tl.constexpr, KEEP_INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Run hidden layers 0 … TOP − 1 on the tile and leave their h in ``hidden``, layer after layer, [T, whole blocks] each;
-    KEEP_INPUTS leaves their z in ``inputs`` (fp32) the same way."""
+    """Run hidden layers 0 … TOP − 1 on the tile and leave their h in ``hidden``, layer after layer, [T, whole
+    blocks] each; KEEP_INPUTS leaves their z in ``inputs`` (fp32) the same way."""
     T: tl.constexpr = rows.shape[0]
-    t = tl.arange(0, T)
     PAD1: tl.constexpr = (H1 + B1 - 1) // B1 * B1
     if TOP > 0:
+        origin = fresh_origin(zero)
+        t = origin + tl.arange(0, T)
         for n0 in range(0, H1, B1):
-            n = n0 + tl.arange(0, B1)
-            z = layer(0, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params, hidden, n,
-                      D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
+            n = n0 + origin + tl.arange(0, B1)
+            z = layer(0, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params,
+                      hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
             at = t[:, None] * PAD1 + n[None, :]
             if KEEP_INPUTS:
                 tl.store(inputs + at, z)
@@ -155,10 +169,12 @@ def layers_below(
         tl.debug_barrier()
     if TOP > 1:
         PAD2: tl.constexpr = (H2 + B2 - 1) // B2 * B2
+        origin = fresh_origin(zero)
+        t = origin + tl.arange(0, T)
         for n0 in range(0, H2, B2):
-            n = n0 + tl.arange(0, B2)
-            z = layer(1, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params, hidden, n,
-                      D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
+            n = n0 + origin + tl.arange(0, B2)
+            z = layer(1, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params,
+                      hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
             at = T * PAD1 + t[:, None] * PAD2 + n[None, :]
             if KEEP_INPUTS:
                 tl.store(inputs + at, z)

@@ -1,12 +1,14 @@
 """Universal kernels, backward.
 
-A program walks its share of the chunks; for each tile of rows, and each candidate in turn, it computes the tile's forward
-again (keeping z of every layer in its own scratch), goes down through the layers, and adds what it finds to
+A program walks its share of the chunks; for each tile of rows, and each candidate in turn, it computes the tile's
+forward again (keeping z of every layer in its own scratch), goes down through the layers, and adds what it finds to
 
-* ``private``: its own row of sums over everything, [bias H_l, alpha H_l] per hidden layer, output weight and bias, then
+* ``private``: its own row of sums over everything, [bias H_l, alpha H_l] per hidden layer, output weight and bias,
+then
   the matrices W2, W3, and for the product interaction the shared and product parts of the first layer;
 * the item's slot: γ = Σ dz1, and Σ_j (W_pᵀ dz1_j) ∘ e_j (product) or G = Σ dz1 eᵀ (outer); see items.py;
-* ``grad_keys``: written once per row. Candidates share the rows of a list, so one program sums over its candidates; they
+* ``grad_keys``: written once per row. Candidates share the rows of a list, so one program sums over its candidates;
+they
   are dealt out in groups, each with its own ``grad_keys``, only where there are too few chunks to keep the GPU busy.
 
 Dice in training needs, before dz of a layer, two sums over all rows: the same kernel with GATHER = layer stops there.
@@ -16,12 +18,12 @@ import triton
 import triton.language as tl
 
 from .kernels_common import (
-    DICE,
     PRELU,
     RELU,
     SIGMOID,
     activate,
     chunk_rows,
+    fresh_origin,
     layer,
     layers_below,
     load_rows,
@@ -44,11 +46,12 @@ def add_or_start(pointer, value, inside, started):
 
 @triton.jit
 def through_activation(
-    LAYER: tl.constexpr, GATHER: tl.constexpr, dh, z, live, started, n, params, sums, private, offset_slot, dz_tile,
+    LAYER: tl.constexpr, GATHER: tl.constexpr, dh, z, live, started, t, n, params, sums, private, offset_slot, dz_tile,
     H: tl.constexpr, B: tl.constexpr, ABOVE: tl.constexpr, ACT: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """From dh to dz [T, B] of layer LAYER for columns ``n``: into ``dz_tile``, with its sums over rows. With GATHER = LAYER
-    only Dice's sums Σ dx̂ and Σ dx̂·x̂ are taken. ``params``, ``sums``: of this layer; ABOVE: widths of the layers before."""
+    """From dh to dz [T, B] of layer LAYER for columns ``n``: into ``dz_tile``, with its sums over rows. With GATHER
+    = LAYER only Dice's sums Σ dx̂ and Σ dx̂·x̂ are taken. ``params``, ``sums``: of this layer; ABOVE: widths of the layers
+    before."""
     inside = n < H
     if ACT == SIGMOID:
         h = tl.sigmoid(z)
@@ -84,24 +87,23 @@ def through_activation(
             else:
                 add_to(private + 2 * ABOVE + n, column, inside)
         PAD: tl.constexpr = (H + B - 1) // B * B
-        t = tl.arange(0, live.shape[0])
         tl.store(dz_tile + t[:, None] * PAD + n[None, :], dz.to(dz_tile.dtype.element_ty))
 
 
 @triton.jit
 def weight_gradient(
-    dz_tile, h_tile, target, T: tl.constexpr, H_OUT: tl.constexpr, B_OUT: tl.constexpr, H_IN: tl.constexpr,
+    dz_tile, h_tile, target, origin, T: tl.constexpr, H_OUT: tl.constexpr, B_OUT: tl.constexpr, H_IN: tl.constexpr,
     B_IN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """target [H_OUT, H_IN] += dzᵀ h over the tile."""
     PAD_OUT: tl.constexpr = (H_OUT + B_OUT - 1) // B_OUT * B_OUT
     PAD_IN: tl.constexpr = (H_IN + B_IN - 1) // B_IN * B_IN
-    t = tl.arange(0, T)
+    t = origin + tl.arange(0, T)
     for m0 in range(0, H_OUT, B_OUT):
-        m = m0 + tl.arange(0, B_OUT)
+        m = m0 + origin + tl.arange(0, B_OUT)
         dz = tl.load(dz_tile + t[:, None] * PAD_OUT + m[None, :])
         for n0 in range(0, H_IN, B_IN):
-            n = n0 + tl.arange(0, B_IN)
+            n = n0 + origin + tl.arange(0, B_IN)
             h = tl.load(h_tile + t[:, None] * PAD_IN + n[None, :])
             gradient = tl.dot(tl.trans(dz), h, input_precision=PRECISION)
             add_to(target + m[:, None] * H_IN + n[None, :], gradient, (m < H_OUT)[:, None] & (n < H_IN)[None, :])
@@ -109,17 +111,18 @@ def weight_gradient(
 
 @triton.jit
 def through_weight(
-    dz_tile, weight, n, T: tl.constexpr, H_OUT: tl.constexpr, B_OUT: tl.constexpr, H_IN: tl.constexpr,
+    dz_tile, weight, n, origin, T: tl.constexpr, H_OUT: tl.constexpr, B_OUT: tl.constexpr, H_IN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dh [T, B] = dz W for columns ``n`` of the layer below."""
     PAD: tl.constexpr = (H_OUT + B_OUT - 1) // B_OUT * B_OUT
-    t = tl.arange(0, T)
+    t = origin + tl.arange(0, T)
     dh = tl.zeros([T, n.shape[0]], tl.float32)
     for k0 in range(0, H_OUT, B_OUT):
-        k = k0 + tl.arange(0, B_OUT)
+        k = k0 + origin + tl.arange(0, B_OUT)
         dz = tl.load(dz_tile + t[:, None] * PAD + k[None, :])
-        w = tl.load(weight + k[:, None] * H_IN + n[None, :], mask=(k < H_OUT)[:, None] & (n < H_IN)[None, :], other=0.0)
+        inside = (k < H_OUT)[:, None] & (n < H_IN)[None, :]
+        w = tl.load(weight + k[:, None] * H_IN + n[None, :], mask=inside, other=0.0)
         dh = tl.dot(dz, w, dh, input_precision=PRECISION)
     return dh
 
@@ -127,25 +130,25 @@ def through_weight(
 @triton.jit
 def first_layer_gradients(
     keys, rows, live, key_stride, query, grad_pooled, first, product, a, dz_tile, private, first_slot,
-    grad_keys, keys_sum, started, summing, finishing, in_list,
+    grad_keys, keys_sum, started, summing, finishing, in_list, origin,
     D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
     OUTER: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """de = a g + dz A, and G = dzᵀ e in the form its interaction wants. ``private`` points at the shared part.
 
-    With MANY candidates ``keys_sum`` [T, D] holds the sum so far: ``summing`` is false for the first candidate, and only
-    the last (``finishing``) writes ``grad_keys``."""
+    With MANY candidates ``keys_sum`` [T, D] holds the sum so far: ``summing`` is false for the first candidate, and
+    only the last (``finishing``) writes ``grad_keys``."""
     PAD: tl.constexpr = (H + B - 1) // B * B
-    t = tl.arange(0, T)
+    t = origin + tl.arange(0, T)
     for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
+        d = d0 + origin + tl.arange(0, BD)
         e = load_rows(keys, rows, live, d, key_stride, D)
         g = tl.load(grad_pooled + d, mask=d < D, other=0.0).to(tl.float32)
         v = tl.load(query + d, mask=d < D, other=0.0).to(tl.float32)
         de = a[:, None] * g[None, :]
         dv = tl.zeros([BD], tl.float32)
         for n0 in range(0, H, B):
-            n = n0 + tl.arange(0, B)
+            n = n0 + origin + tl.arange(0, B)
             dz = tl.load(dz_tile + t[:, None] * PAD + n[None, :])
             inside = (n < H)[:, None] & (d < D)[None, :]
             at = n[:, None] * D + d[None, :]
@@ -212,7 +215,7 @@ def backward_items(
     keys_sum = keys_scratch + pid * (T * D)
     private += pid * private_size
     per_group = (candidates + groups - 1) // groups
-    t = tl.arange(0, T)
+    lane = tl.arange(0, T)
     for work in range(pid, tl.load(chunk_offsets + num_lists) * groups, programs):
         chunk = work // groups
         group = work - chunk * groups
@@ -222,7 +225,7 @@ def backward_items(
         # An empty list has one tile without live rows: it writes the zeros.
         for row0 in range(begin, tl.maximum(end, begin + 1), T):
             started = row0 > begin
-            rows = row0 + t
+            rows = row0 + lane.to(tl.int64)  # row · stride may need more than 31 bits
             in_list = rows < end
             live = in_list
             if HAS_MASK:
@@ -241,20 +244,24 @@ def backward_items(
                 grad_q = grad_pooled + q * D
 
                 layers_below(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2,
-                             weight3, params, hidden, inputs,
+                             weight3, params, hidden, inputs, chunk_offsets,
                              D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER, PRECISION, True)  # fmt: skip
+                origin = fresh_origin(chunk_offsets)
+                t = origin + lane
                 score = tl.zeros([T], tl.float32) + tl.load(params + OUT_PARAMS + TOP_H)
                 for n0 in range(0, TOP_H, TOP_B):
-                    n = n0 + tl.arange(0, TOP_B)
+                    n = n0 + origin + tl.arange(0, TOP_B)
                     z = layer(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2,
-                              weight3, params, hidden, n, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
+                              weight3, params, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER,
+                              PRECISION)  # fmt: skip
                     tl.store(inputs + TOP_AT + t[:, None] * TOP_PAD + n[None, :], z)
                     w = tl.load(params + OUT_PARAMS + n, mask=n < TOP_H, other=0.0)
                     score += tl.sum(activate(z, params + VECTORS * BELOW_TOP, n, TOP_H, ACT) * w[None, :], axis=1)
 
+                origin = fresh_origin(chunk_offsets)
                 ds = tl.zeros([T], tl.float32)  # ∂L/∂a first
                 for d0 in range(0, D, BD):
-                    d = d0 + tl.arange(0, BD)
+                    d = d0 + origin + tl.arange(0, BD)
                     g = tl.load(grad_q + d, mask=d < D, other=0.0).to(tl.float32)
                     ds += tl.sum(load_rows(keys, rows, live, d, key_stride, D).to(tl.float32) * g[None, :], axis=1)
                 if HAS_GRAD_WEIGHTS:
@@ -271,44 +278,55 @@ def backward_items(
 
                 if GATHER < 0:
                     add_to(private + OUT + TOP_H + tl.arange(0, 1), tl.sum(ds[:, None], axis=0), tl.arange(0, 1) < 1)
+                origin = fresh_origin(chunk_offsets)
+                t = origin + lane
                 for n0 in range(0, TOP_H, TOP_B):
-                    n = n0 + tl.arange(0, TOP_B)
+                    n = n0 + origin + tl.arange(0, TOP_B)
                     z = tl.load(inputs + TOP_AT + t[:, None] * TOP_PAD + n[None, :])
                     w = tl.load(params + OUT_PARAMS + n, mask=n < TOP_H, other=0.0)
                     if GATHER < 0:
                         h = activate(z, params + VECTORS * BELOW_TOP, n, TOP_H, ACT)
                         add_to(private + OUT + n, tl.sum(ds[:, None] * h, axis=0), n < TOP_H)
-                    through_activation(DEPTH - 1, GATHER, ds[:, None] * w[None, :], z, live, started, n,
+                    through_activation(DEPTH - 1, GATHER, ds[:, None] * w[None, :], z, live, started, t, n,
                                        params + VECTORS * BELOW_TOP, sums + 2 * BELOW_TOP, private, offset_slot,
                                        dz_tiles + TOP_AT, TOP_H, TOP_B, BELOW_TOP, ACT, BATCH_STATISTICS)  # fmt: skip
                 tl.debug_barrier()
                 if (DEPTH > 2) and (GATHER < 2):
                     if GATHER < 0:
-                        weight_gradient(dz_tiles + TOP_AT, hidden + T * PAD1, private + W3, T, H3, B3, H2, B2, PRECISION)
+                        origin = fresh_origin(chunk_offsets)
+                        weight_gradient(
+                            dz_tiles + TOP_AT, hidden + T * PAD1, private + W3, origin, T, H3, B3, H2, B2, PRECISION
+                        )
+                    origin = fresh_origin(chunk_offsets)
+                    t = origin + lane
                     for n0 in range(0, H2, B2):
-                        n = n0 + tl.arange(0, B2)
-                        dh = through_weight(dz_tiles + TOP_AT, weight3, n, T, H3, B3, H2, PRECISION)
+                        n = n0 + origin + tl.arange(0, B2)
+                        dh = through_weight(dz_tiles + TOP_AT, weight3, n, origin, T, H3, B3, H2, PRECISION)
                         z = tl.load(inputs + T * PAD1 + t[:, None] * PAD2 + n[None, :])
-                        through_activation(1, GATHER, dh, z, live, started, n, params + VECTORS * H1, sums + 2 * H1,
+                        through_activation(1, GATHER, dh, z, live, started, t, n, params + VECTORS * H1, sums + 2 * H1,
                                            private, offset_slot, dz_tiles + T * PAD1, H2, B2, H1, ACT,
                                            BATCH_STATISTICS)  # fmt: skip
                     tl.debug_barrier()
                 if (DEPTH > 1) and (GATHER < 1):
                     dz2 = dz_tiles + T * PAD1
                     if GATHER < 0:
-                        weight_gradient(dz2, hidden, private + W2, T, H2, B2, H1, B1, PRECISION)
+                        origin = fresh_origin(chunk_offsets)
+                        weight_gradient(dz2, hidden, private + W2, origin, T, H2, B2, H1, B1, PRECISION)
+                    origin = fresh_origin(chunk_offsets)
+                    t = origin + lane
                     for n0 in range(0, H1, B1):
-                        n = n0 + tl.arange(0, B1)
-                        dh = through_weight(dz2, weight2, n, T, H2, B2, H1, PRECISION)
+                        n = n0 + origin + tl.arange(0, B1)
+                        dh = through_weight(dz2, weight2, n, origin, T, H2, B2, H1, PRECISION)
                         z = tl.load(inputs + t[:, None] * PAD1 + n[None, :])
-                        through_activation(0, GATHER, dh, z, live, started, n, params, sums, private, offset_slot,
+                        through_activation(0, GATHER, dh, z, live, started, t, n, params, sums, private, offset_slot,
                                            dz_tiles, H1, B1, 0, ACT, BATCH_STATISTICS)  # fmt: skip
                     tl.debug_barrier()
                 if GATHER < 0:
+                    origin = fresh_origin(chunk_offsets)
                     first_layer_gradients(keys, rows, live, key_stride, query_q, grad_q, first_q, product, a, dz_tiles,
                                           private + SHARED, first_slot, grad_keys + group * num_rows * D, keys_sum,
                                           started, candidate > first_candidate, candidate == end_candidate - 1, in_list,
-                                          D, H1, BD, B1, T, OUTER, MANY, PRECISION)  # fmt: skip
+                                          origin, D, H1, BD, B1, T, OUTER, MANY, PRECISION)  # fmt: skip
                     tl.debug_barrier()
 
 
@@ -349,7 +367,7 @@ def weighted_gradients(
         s, number, _, begin, end = chunk_rows(starts, ends, chunk_offsets, chunk_list, chunk, item_rows)
         total = tl.zeros([T], tl.float32)
         for row0 in range(begin, end, T):
-            rows = row0 + tl.arange(0, T)
+            rows = row0 + tl.arange(0, T).to(tl.int64)
             live = rows < end
             if HAS_MASK:
                 live = live & (tl.load(row_mask + rows, mask=live, other=0) != 0)

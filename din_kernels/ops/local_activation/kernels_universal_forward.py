@@ -1,9 +1,10 @@
-"""Universal kernels, forward: scores and weighted sums per item, the sum over a list's items, weights, Dice's statistics."""
+"""Universal kernels, forward: scores and weighted sums per item, the sum over a list's items, weights, Dice's
+statistics."""
 
 import triton
 import triton.language as tl
 
-from .kernels_common import activate, chunk_rows, layer, layers_below, load_rows, slot_of
+from .kernels_common import activate, chunk_rows, fresh_origin, layer, layers_below, load_rows, slot_of
 
 
 @triton.jit
@@ -55,17 +56,19 @@ def forward_items(
         top = tl.full([], float("-inf"), tl.float32)
         denominator = tl.zeros([], tl.float32)
         for row0 in range(begin, end, T):
-            rows = row0 + t
+            rows = row0 + t.to(tl.int64)  # row · stride may need more than 31 bits
             live = rows < end
             if HAS_MASK:
                 live = live & (tl.load(row_mask + rows, mask=live, other=0) != 0)
             layers_below(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2, weight3,
-                         params, hidden, hidden, D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER, PRECISION, False)  # fmt: skip
+                         params, hidden, hidden, chunk_offsets, D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER,
+                         PRECISION, False)  # fmt: skip
+            origin = fresh_origin(chunk_offsets)
             score = tl.zeros([T], tl.float32) + tl.load(params + OUT + TOP_H)
             for n0 in range(0, TOP_H, TOP_B):
-                n = n0 + tl.arange(0, TOP_B)
-                z = layer(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2, weight3,
-                          params, hidden, n, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
+                n = n0 + origin + tl.arange(0, TOP_B)
+                z = layer(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2,
+                          weight3, params, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
                 w = tl.load(params + OUT + n, mask=n < TOP_H, other=0.0)
                 score += tl.sum(activate(z, params + TOP_PARAMS, n, TOP_H, ACT) * w[None, :], axis=1)
             if SOFTMAX:
@@ -159,7 +162,7 @@ def normalise_weights(
         s, _, _, begin, end = chunk_rows(starts, ends, chunk_offsets, chunk_list, chunk, item_rows)
         normaliser = tl.load(log_normaliser + s * candidates + candidate)
         for row0 in range(begin, end, T):
-            rows = row0 + tl.arange(0, T)
+            rows = row0 + tl.arange(0, T).to(tl.int64)
             live = rows < end
             if HAS_MASK:
                 live = live & (tl.load(row_mask + rows, mask=live, other=0) != 0)
@@ -181,8 +184,8 @@ def statistics_items(
 ):  # fmt: skip
     """Moments of z of hidden layer LAYER over each program's items: ``counts`` [P] int64, ``means`` and ``m2s`` [P, H].
 
-    A tile's mean is taken before its squared deviations, and tiles are merged by Chan's formula, because Σz² − (Σz)²/n
-    cancels. The running moments of a program rest in its own row of the result."""
+    A tile's mean is taken before its squared deviations, and tiles are merged by Chan's formula, because Σz² −
+    (Σz)²/n cancels. The running moments of a program rest in its own row of the result."""
     PAD1: tl.constexpr = (H1 + B1 - 1) // B1 * B1
     PAD2: tl.constexpr = (H2 + B2 - 1) // B2 * B2
     H: tl.constexpr = H1 if LAYER == 0 else (H2 if LAYER == 1 else H3)
@@ -210,7 +213,7 @@ def statistics_items(
         if OUTER:
             first_q = first + q * (H1 * D)
         for row0 in range(begin, end, T):
-            rows = row0 + t
+            rows = row0 + t.to(tl.int64)  # row · stride may need more than 31 bits
             live = rows < end
             if HAS_MASK:
                 live = live & (tl.load(row_mask + rows, mask=live, other=0) != 0)
@@ -221,11 +224,13 @@ def statistics_items(
             share = here.to(tl.float32) / tl.maximum(total, 1).to(tl.float32)
             cross = count.to(tl.float32) * share
             layers_below(LAYER, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2, weight3,
-                         params, hidden, hidden, D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER, PRECISION, False)  # fmt: skip
+                         params, hidden, hidden, chunk_offsets, D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER,
+                         PRECISION, False)  # fmt: skip
+            origin = fresh_origin(chunk_offsets)
             for n0 in range(0, H, B):
-                n = n0 + tl.arange(0, B)
+                n = n0 + origin + tl.arange(0, B)
                 z = layer(LAYER, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2, weight3,
-                          params, hidden, n, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
+                          params, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
                 mean = tl.sum(tl.where(live[:, None], z, 0.0), axis=0) / size
                 deviation = tl.where(live[:, None], z - mean[None, :], 0.0)
                 m2 = tl.sum(deviation * deviation, axis=0)

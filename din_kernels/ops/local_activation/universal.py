@@ -1,8 +1,8 @@
 """The universal Triton path of the local activation unit: every option of the contract, any shape within ``limits``.
 
 Three functions, as for every backend: ``statistics``, ``forward``, ``backward``. What they launch is described in
-``kernels_universal_forward.py`` and ``kernels_universal_backward.py``; how work is shared out, in ``items.py``. Nothing is
-read back from the device, and each result is the sum of parts in an order that shapes alone decide.
+``kernels_universal_forward.py`` and ``kernels_universal_backward.py``; how work is shared out, in ``items.py``.
+Nothing is read back from the device, and each result is the sum of parts in an order that shapes alone decide.
 """
 
 from __future__ import annotations
@@ -50,14 +50,42 @@ def _block(width: int, cap: int) -> int:
     return half if half >= 16 and padded_half * 5 <= padded * 4 else cap
 
 
-def tiling(config: UnitConfig, dtype: torch.dtype, *, backward: bool = False) -> Tiling:
-    """Products in full fp32 run on the ordinary cores from registers, so their tiles are small."""
-    simt = dtype == torch.float32 and config.precision == "ieee"
-    cap = 32 if simt else 64
+def tiling(config: UnitConfig, dtype: torch.dtype, *, backward: bool = False, capability: int = 90) -> Tiling:
+    """The largest tiles that do not spill (``shipped.compile_cases`` holds them to it); capability 80 is sm_80.
+
+    Products in full fp32 run on the ordinary cores, from registers, so their tiles are small. tf32 operands take
+    twice the registers of 16-bit ones. The backward kernel keeps some two hundred addresses, more before sm_90, which
+    has more room for those that all threads share: eight warps hold less of the tile each."""
+    full, tf32 = (dtype == torch.float32 and config.precision == p for p in ("ieee", "tf32"))
     padded_dim = _power_of_two(config.embedding_dim)
-    rows = 32 if simt or (padded_dim > 128 and not backward) else 64
+    if backward:
+        rows = 32 if full or (tf32 and capability < 90) else 64
+        cap = 16 if tf32 or capability < 90 else 32
+    else:
+        rows = 32 if full or padded_dim > 128 else 64
+        cap = 32 if full else 64
     widths = [_block(h, cap) for h in config.hidden_units] + [16] * (3 - len(config.hidden_units))
-    return Tiling(rows, _block(config.embedding_dim, cap), (widths[0], widths[1], widths[2]), padded_dim, 4)
+    num_warps = 8 if tf32 or (backward and not full) else 4
+    return Tiling(rows, _block(config.embedding_dim, cap), (widths[0], widths[1], widths[2]), padded_dim, num_warps)
+
+
+def launch_options(tiles: Tiling) -> dict[str, int]:
+    """No software pipelining: operands that a program has just written must not be fetched ahead of the barrier."""
+    options = {"num_warps": tiles.num_warps, "num_stages": 1}
+    if tiles.num_warps == 4 and torch.version.hip is None:
+        # Allowed all registers, ptxas does not spill a few bytes for the sake of one more program per processor.
+        options["maxnreg"] = 255
+    return options
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    if torch.version.hip is not None:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.cache
@@ -70,8 +98,10 @@ def num_programs(device: torch.device, per_processor: int) -> int:
     return _processors(device) * per_processor if device.type == "cuda" else 3
 
 
-FORWARD_PER_PROCESSOR = 4
-BACKWARD_PER_PROCESSOR = 2
+# Warps of persistent programs per processor. Forward kernels of all widths fit 16 or nearly; backward ones need up to
+# the whole register file for 8, and each program more costs another row of private sums.
+FORWARD_WARPS = 16
+BACKWARD_WARPS = 8
 
 
 def kernel_precision(config: UnitConfig, dtype: torch.dtype) -> str:
@@ -101,22 +131,25 @@ def scratch_columns(config: UnitConfig, tiles: Tiling, layers: int) -> int:
 class Prepared:
     """The operands of one call in the form the kernels read."""
 
-    def __init__(self, config: UnitConfig, tensors: UnitTensors, *, layers: int, per_processor: int, backward: bool) -> None:
+    def __init__(self, config: UnitConfig, tensors: UnitTensors, *, layers: int, backward: bool = False) -> None:
         keys = tensors.keys
         self.config, self.tensors = config, tensors
-        self.tiles = tiling(config, keys.dtype, backward=backward)
+        self.tiles = tiling(config, keys.dtype, backward=backward, capability=_capability(keys.device))
         self.first: FirstLayer = first_layer(config, tensors)
         self.query = tensors.query.contiguous()
         self.lists = tensors.starts.numel()
-        programs = num_programs(keys.device, per_processor)
+        warps = BACKWARD_WARPS if backward else FORWARD_WARPS
+        programs = num_programs(keys.device, warps // self.tiles.num_warps)
         rows = rows_per_item(config, tensors, tile=self.tiles.rows, programs=programs)
         self.items: Items = make_items(config, tensors, rows)
+        self.most_programs = programs
         self.programs = max(1, min(programs, self.items.bound * config.candidates))
         self.params = self._parameters(layers)
         self.mask = keys if tensors.row_mask is None else tensors.row_mask.contiguous().view(torch.uint8)
 
     def _parameters(self, layers: int) -> Tensor:
-        """One flat fp32 vector (see kernels_common.py); statistics of ``layers`` layers are known, the rest is unused."""
+        """One flat fp32 vector (see kernels_common.py); statistics of ``layers`` layers are known, the rest is
+        unused."""
         tensors, config = self.tensors, self.config
         parts: list[Tensor] = []
         for layer, width in enumerate(config.hidden_units):
@@ -186,7 +219,7 @@ def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Te
     if tensors.starts.numel() == 0:
         zero = torch.zeros(width, device=device)
         return torch.zeros((), dtype=torch.float64, device=device), zero, zero.clone()
-    call = Prepared(config, tensors, layers=layer, per_processor=FORWARD_PER_PROCESSOR, backward=False)
+    call = Prepared(config, tensors, layers=layer)
     counts = torch.empty(call.programs, dtype=torch.int64, device=device)
     means = torch.empty(call.programs, width, device=device)
     m2s = torch.empty_like(means)
@@ -194,7 +227,7 @@ def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Te
         kernels.statistics_items[(call.programs,)](
             **call.layer_operands(), counts=counts, means=means, m2s=m2s,
             scratch=call.scratch(scratch_columns(config, call.tiles, layer)),
-            LAYER=layer, num_warps=call.tiles.num_warps, num_stages=1, **call.constants(),
+            LAYER=layer, **launch_options(call.tiles), **call.constants(),
         )  # fmt: skip
     return merge_moments(counts, means, m2s)
 
@@ -219,7 +252,7 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
     weights = keys.new_zeros(keys.shape[0] * config.candidates) if return_weights else None
     if queries == 0:
         return UnitOutputs(pooled, weights, log_normaliser if config.softmax else None)
-    call = Prepared(config, tensors, layers=depth, per_processor=FORWARD_PER_PROCESSOR, backward=False)
+    call = Prepared(config, tensors, layers=depth)
     attention = weights
     if config.softmax and return_weights:
         attention = torch.empty(keys.shape[0] * config.candidates, device=keys.device)
@@ -233,14 +266,14 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
             scratch=call.scratch(scratch_columns(config, call.tiles, depth - 1)),
             scale=float(config.scale), **call.weight_strides(),
             BLOCK_D=call.tiles.padded_dim, DEPTH=depth, SOFTMAX=config.softmax, HAS_ATTENTION=return_weights,
-            num_warps=call.tiles.num_warps, num_stages=1, **call.constants(),
+            **launch_options(call.tiles), **call.constants(),
         )  # fmt: skip
         if several:
             block = min(COMBINE_BLOCK, call.tiles.padded_dim)
             grid = (min(queries, num_programs(keys.device, 8)), -(-config.embedding_dim // block))
             kernels.combine_items[grid](
-                partial, partial_softmax, call.items.chunk_offsets, pooled, log_normaliser, call.lists, config.candidates,
-                D=config.embedding_dim, BLOCK_D=block, BLOCK_K=16, SOFTMAX=config.softmax, num_warps=4,
+                partial, partial_softmax, call.items.chunk_offsets, pooled, log_normaliser, call.lists,
+                config.candidates, D=config.embedding_dim, BLOCK_D=block, BLOCK_K=16, SOFTMAX=config.softmax, num_warps=4,
             )  # fmt: skip
         if weights is not None and config.softmax:
             kernels.normalise_weights[(call.programs,)](

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..._launch import on_device
 from .factorise import FirstLayerGradients, first_layer_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
-from .universal import BACKWARD_PER_PROCESSOR, Prepared, num_programs, scratch_columns
+from .universal import Prepared, launch_options, num_programs, scratch_columns
 
 # Sums that programs keep apart until the end; beyond this fewer programs run than the GPU could hold.
 PRIVATE_BYTES = 96 << 20
@@ -19,7 +20,7 @@ PRIVATE_BYTES = 96 << 20
 def private_columns(config: UnitConfig) -> int:
     """Floats in one program's row of sums (see kernels_universal_backward.py)."""
     widths, dim = config.hidden_units, config.embedding_dim
-    upper = sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+    upper = sum(a * b for a, b in pairwise(widths))
     first = 2 * widths[0] * dim if config.interaction == "product" else 0
     return 2 * sum(widths) + widths[-1] + 1 + upper + first
 
@@ -34,9 +35,9 @@ class _Backward:
         keys = tensors.keys
         self.config, self.tensors, self.inv_count = config, tensors, inv_count
         depth = len(config.hidden_units)
-        self.call = Prepared(config, tensors, layers=depth, per_processor=BACKWARD_PER_PROCESSOR, backward=True)
+        self.call = Prepared(config, tensors, layers=depth, backward=True)
         call, tiles = self.call, self.call.tiles
-        most = num_programs(keys.device, BACKWARD_PER_PROCESSOR)
+        most = call.most_programs
         self.groups = max(1, min(config.candidates, most // max(1, call.items.bound)))
         self.columns = private_columns(config)
         least = num_programs(keys.device, 1)
@@ -59,7 +60,7 @@ class _Backward:
             "num_rows": keys.shape[0], "groups": self.groups, "scale": float(config.scale),
             "DEPTH": depth, "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,
             "BATCH_STATISTICS": inv_count is not None, "MANY": config.candidates > 1,
-            "num_warps": tiles.num_warps, "num_stages": 1,
+            **launch_options(tiles),
         }  # fmt: skip
 
     def _add_slots(self, slots: Tensor) -> None:
@@ -158,7 +159,8 @@ def backward(
     grad_weights: Tensor | None,
     inv_count: Tensor | None,
 ) -> UnitGradients:
-    """Gradients of everything; ``saved.weights`` is needed with ``grad_weights`` and softmax. See torch_impl.backward."""
+    """Gradients of everything; ``saved.weights`` is needed with ``grad_weights`` and softmax. See
+    torch_impl.backward."""
     if tensors.query.shape[0] == 0:
         return _zeros(tensors)
     work = _Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
@@ -171,7 +173,7 @@ def backward(
     # The row of sums, piece by piece.
     widths = config.hidden_units
     sizes = [size for width in widths for size in (width, width)] + [widths[-1], 1]
-    sizes += [a * b for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    sizes += [a * b for a, b in pairwise(widths)]
     outer = config.interaction == "outer"
     sizes += [] if outer else [widths[0] * dim] * 2
     pieces = list(sums.split(sizes))

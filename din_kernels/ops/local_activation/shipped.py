@@ -1,0 +1,126 @@
+"""Every kernel configuration of the local activation unit that must compile well on machines that are not here.
+
+The universal kernels are compiled from whatever widths a model has, so the cases are a spread over them: both
+interactions, one to three layers, narrow to the limit, every activation, all precisions. Their tilings come from
+the functions that the launches use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..._tuning import CompileCase
+from .problem import UnitConfig
+from .universal import Tiling, kernel_precision, launch_options, shape_constants, tiling
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_INDICES = {"starts", "ends", "chunk_offsets", "chunk_list", "counts"}
+_LIKE_KEYS = {"keys", "query", "weight2", "weight3", "pooled", "grad_pooled", "grad_keys", "scratch", "hidden_scratch"}
+_NUMBERS = {
+    "item_rows", "key_stride", "num_lists", "candidates", "num_rows", "groups", "private_size",
+    "weight_row", "weight_candidate", "weight_list",
+}  # fmt: skip
+
+# (interaction, activation, D, hidden widths)
+_SPREAD: tuple[tuple[str, str, int, tuple[int, ...]], ...] = (
+    ("product", "dice", 64, (36,)),
+    ("product", "sigmoid", 64, (80, 40)),
+    ("outer", "dice", 64, (80, 40)),
+    ("product", "dice", 36, (64, 16)),
+    ("outer", "prelu", 18, (36,)),
+    ("product", "dice", 128, (200, 80)),
+    ("outer", "relu", 8, (16, 8)),
+    ("product", "dice", 256, (256, 256, 256)),
+)
+_PRECISIONS = ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"))
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    config: UnitConfig,
+    dtype: torch.dtype,
+    extra: dict[str, Any],
+    tiles: Tiling,
+    targets: tuple[str, ...],
+) -> CompileCase:
+    everything = {
+        **shape_constants(config, tiles), "HAS_MASK": False, "PRECISION": kernel_precision(config, dtype),
+        "BLOCK_D": tiles.padded_dim, "DEPTH": len(config.hidden_units), "SOFTMAX": config.softmax, **extra,
+    }  # fmt: skip
+    constants = {k: v for k, v in everything.items() if k in kernel.arg_names}
+    signature: dict[str, str] = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            continue
+        if argument in _NUMBERS:
+            signature[argument] = "i32"
+        elif argument == "scale":
+            signature[argument] = "fp32"
+        elif argument == "row_mask":
+            signature[argument] = "*u8"
+        elif argument in _INDICES:
+            signature[argument] = "*i64"
+        else:
+            signature[argument] = "*" + (_TYPES[dtype] if argument in _LIKE_KEYS else "fp32")
+    pointers = tuple(a for a, kind in signature.items() if kind.startswith("*") and a not in ("starts", "ends"))
+    aligned = (*pointers, "key_stride") if config.embedding_dim % 16 == 0 else pointers
+    options = launch_options(tiles)
+    widths = "x".join(map(str, config.hidden_units))
+    precision = "tf32" if config.precision == "tf32" else _TYPES[dtype]
+    return CompileCase(
+        name=f"local_activation/universal/{name}/{config.interaction}-D{config.embedding_dim}-{widths}-"
+        f"{config.activation}-{precision}",
+        kernel=kernel, signature=signature, constexprs=constants, num_warps=options.pop("num_warps"),
+        num_stages=options.pop("num_stages"), rows=tiles.rows, aligned=aligned, options=options, targets=targets,
+    )  # fmt: skip
+
+
+def _cases(
+    name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], *, backward: bool = False
+) -> Iterator[CompileCase]:
+    """One case where all targets share a tiling, else one for each."""
+    older = tiling(config, dtype, backward=backward, capability=80)
+    newer = tiling(config, dtype, backward=backward, capability=90)
+    if older == newer:
+        yield _case(name, kernel, config, dtype, extra, newer, ("sm_80", "sm_90", "gfx942"))
+    else:
+        yield _case(f"{name}-80", kernel, config, dtype, extra, older, ("sm_80", "gfx942"))
+        yield _case(f"{name}-90", kernel, config, dtype, extra, newer, ("sm_90",))
+
+
+def _universal() -> Iterator[CompileCase]:
+    from . import kernels_universal_backward as down
+    from . import kernels_universal_forward as up
+
+    for interaction, activation, dim, widths in _SPREAD:
+        for dtype, precision in _PRECISIONS:
+            config = UnitConfig(interaction, activation, dim, widths, softmax=True, precision=precision)
+            yield from _cases("forward", up.forward_items, config, dtype, {"HAS_ATTENTION": False})
+            backward = {
+                "HAS_GRAD_WEIGHTS": False, "BATCH_STATISTICS": config.uses_dice, "GATHER": -1, "MANY": False,
+            }  # fmt: skip
+            yield from _cases("backward", down.backward_items, config, dtype, backward, backward=True)
+            if config.uses_dice and dim == 64:
+                yield from _cases("statistics", up.statistics_items, config, dtype, {"LAYER": len(widths) - 1})
+                gather = {**backward, "GATHER": 0}
+                yield from _cases("gather", down.backward_items, config, dtype, gather, backward=True)
+    # What the options of a call change in the kernels.
+    config = UnitConfig("product", "sigmoid", 64, (36,), candidates=3)
+    for mask in (False, True):
+        extra = {
+            "HAS_MASK": mask, "HAS_ATTENTION": True, "HAS_GRAD_WEIGHTS": True, "BATCH_STATISTICS": False, "GATHER": -1,
+            "MANY": True,
+        }  # fmt: skip
+        suffix = "-masked" if mask else ""
+        yield from _cases(f"forward-attention{suffix}", up.forward_items, config, torch.bfloat16, extra)
+        yield from _cases(
+            f"backward-candidates{suffix}", down.backward_items, config, torch.bfloat16, extra, backward=True
+        )
+
+
+def compile_cases() -> list[CompileCase]:
+    return list(_universal())

@@ -212,3 +212,19 @@ def test_search_scores_validation_users_only_and_resumes(tmp_path: Path, monkeyp
     assert again == rows
     assert seen == []
     assert "validation GAUC" in search.table(rows)
+
+
+def test_the_report_calls_a_tie_a_tie_and_a_loss_a_loss(tiny: ClickData) -> None:
+    def result(name: str, gauc: float) -> training_loop.RunResult:
+        scores = training_loop.Scores(gauc, 0.6, 0.6, 10, 1)
+        return training_loop.RunResult(name, "unfused", torch.nn.Identity(), 0, [1.0], [], scores, 0.1, 0)
+
+    def notes(base: float, din: float) -> str:
+        return "\n".join(report.notes([result("base-mean", base), result("din", din)], {}, "test"))
+
+    assert "tie" in notes(0.7191, 0.7197)
+    assert "tie" not in notes(0.71, 0.73)
+    assert "NOT" not in notes(0.71, 0.73)
+    assert "does NOT beat base-mean (0.7300)" in notes(0.73, 0.71)
+    two = [result("base", 0.6), result("base-mean", 0.7), result("din", 0.75)]
+    assert report.base_gauc(two) == 0.7  # the better pooling is the one to beat

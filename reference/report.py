@@ -14,7 +14,6 @@ from .metrics import Scores, rela_impr
 from .options import Options
 from .training_loop import RunResult
 
-
 # Range of DIN's test GAUC over seeds 1-4 with the demo's settings (0.7185 to 0.7197; BaseModel 0.7187 to 0.7195).
 SEED_RANGE = 0.0012
 

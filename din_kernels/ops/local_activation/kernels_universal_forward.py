@@ -68,7 +68,8 @@ def forward_items(
             for n0 in range(0, TOP_H, TOP_B):
                 n = n0 + origin + tl.arange(0, TOP_B)
                 z = layer(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2,
-                          weight3, params, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
+                          weight3, params, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER,
+                          PRECISION)  # fmt: skip
                 w = tl.load(params + OUT + n, mask=n < TOP_H, other=0.0)
                 score += tl.sum(activate(z, params + TOP_PARAMS, n, TOP_H, ACT) * w[None, :], axis=1)
             if SOFTMAX:

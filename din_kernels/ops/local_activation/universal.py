@@ -166,7 +166,7 @@ class Prepared:
         bias = tensors.biases[-1]
         parts.append(tensors.weights[-1].reshape(-1))
         parts.append(self.first.offset.new_zeros(1) if bias is None else bias.reshape(1))
-        return torch.cat([part.float() for part in parts])
+        return torch.cat(parts).float()  # mixed dtypes widen, and widening afterwards loses nothing
 
     def layer_operands(self) -> dict[str, Any]:
         """Arguments of the layers, the same for every kernel; an operand that does not exist repeats another."""
@@ -273,7 +273,8 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
             grid = (min(queries, num_programs(keys.device, 8)), -(-config.embedding_dim // block))
             kernels.combine_items[grid](
                 partial, partial_softmax, call.items.chunk_offsets, pooled, log_normaliser, call.lists,
-                config.candidates, D=config.embedding_dim, BLOCK_D=block, BLOCK_K=16, SOFTMAX=config.softmax, num_warps=4,
+                config.candidates, D=config.embedding_dim, BLOCK_D=block, BLOCK_K=16, SOFTMAX=config.softmax,
+                num_warps=4,
             )  # fmt: skip
         if weights is not None and config.softmax:
             kernels.normalise_weights[(call.programs,)](

@@ -126,7 +126,7 @@ class _Backward:
         # Rows of padded keys beyond their list's length belong to no item.
         make = torch.zeros if config.padded_length else torch.empty
         dtype = keys.dtype if self.groups == 1 else torch.float32
-        grad_keys = make(self.groups, rows, dim, dtype=dtype, device=keys.device)
+        grad_keys = make(self.groups * rows, dim, dtype=dtype, device=keys.device)
         many = config.candidates > 1
         with on_device(keys):
             kernels.backward_items[(call.programs,)](
@@ -136,8 +136,9 @@ class _Backward:
             )  # fmt: skip
             self._add_slots(offset_slots)
             self._add_slots(first_slots)
-        total = grad_keys[0] if self.groups == 1 else grad_keys.sum(0).to(keys.dtype)
-        return private.sum(0), offset_slots[:queries], first_slots[:queries], total
+        if self.groups > 1:
+            grad_keys = grad_keys.view(self.groups, rows, dim).sum(0).to(keys.dtype)
+        return private.sum(0), offset_slots[:queries], first_slots[:queries], grad_keys
 
 
 def _zeros(tensors: UnitTensors) -> UnitGradients:
@@ -149,6 +150,11 @@ def _zeros(tensors: UnitTensors) -> UnitGradients:
         [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in tensors.weights],
         [like(b) for b in tensors.biases], [like(a) for a in tensors.alphas],
     )  # fmt: skip
+
+
+def _own(piece: Tensor, parameter: Tensor) -> Tensor:
+    """``piece`` of the sums as a gradient of ``parameter``, in its own memory: an operator's results may not alias."""
+    return piece.view(parameter.shape).to(parameter.dtype, copy=True)
 
 
 def backward(
@@ -187,16 +193,16 @@ def backward(
     grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, first)
 
     weights = [grad_first]
-    weights += [matrices[i].view_as(w).to(w.dtype) for i, w in enumerate(tensors.weights[1:-1])]
-    weights.append(out_weight.view_as(tensors.weights[-1]).to(tensors.weights[-1].dtype))
+    weights += [_own(matrices[i], w) for i, w in enumerate(tensors.weights[1:-1])]
+    weights.append(_own(out_weight, tensors.weights[-1]))
     biases: list[Tensor | None] = [grad_bias]
     for value, bias in zip([*of_layers[2::2], out_bias], tensors.biases[1:], strict=True):
-        biases.append(None if bias is None else value.to(bias.dtype))
+        biases.append(None if bias is None else _own(value, bias))
     alphas: list[Tensor | None] = []
     for value, alpha in zip(of_layers[1::2], tensors.alphas, strict=True):
         if alpha is None:
             alphas.append(None)
         else:
             total = value.sum() if alpha.numel() == 1 and value.numel() > 1 else value
-            alphas.append(total.view_as(alpha).to(alpha.dtype))
+            alphas.append(_own(total, alpha))
     return UnitGradients(grad_query, grad_keys, weights, biases, alphas)

@@ -53,27 +53,31 @@ def _block(width: int, cap: int) -> int:
 def tiling(config: UnitConfig, dtype: torch.dtype, *, backward: bool = False, capability: int = 90) -> Tiling:
     """The largest tiles that do not spill (``shipped.compile_cases`` holds them to it); capability 80 is sm_80.
 
-    Products in full fp32 run on the ordinary cores, from registers, so their tiles are small. tf32 operands take
-    twice the registers of 16-bit ones. The backward kernel keeps some two hundred addresses, more before sm_90, which
-    has more room for those that all threads share: eight warps hold less of the tile each."""
+    Products in full fp32 run on the ordinary cores, from registers, so their tiles are small. tf32 operands take twice
+    the registers of 16-bit ones. The backward kernel has some two hundred addresses, so eight warps share its tiles,
+    and narrow blocks pad less of 36, 40 or 80 columns besides. Before sm_90 fewer addresses fit beside the registers."""
     full, tf32 = (dtype == torch.float32 and config.precision == p for p in ("ieee", "tf32"))
     padded_dim = _power_of_two(config.embedding_dim)
     if backward:
         rows = 32 if full or (tf32 and capability < 90) else 64
-        cap = 16 if tf32 or capability < 90 else 32
+        cap = 32 if full and capability >= 90 else 16
     else:
         rows = 32 if full or padded_dim > 128 else 64
-        cap = 32 if full else 64
+        narrow = full or capability < 90
+        cap = (16 if tf32 else 32) if narrow else 64
     widths = [_block(h, cap) for h in config.hidden_units] + [16] * (3 - len(config.hidden_units))
     num_warps = 8 if tf32 or (backward and not full) else 4
     return Tiling(rows, _block(config.embedding_dim, cap), (widths[0], widths[1], widths[2]), padded_dim, num_warps)
 
 
-def launch_options(tiles: Tiling) -> dict[str, int]:
-    """No software pipelining: operands that a program has just written must not be fetched ahead of the barrier."""
+def launch_options(tiles: Tiling, *, crowded: bool = False) -> dict[str, int]:
+    """No software pipelining: operands that a program has just written must not be fetched ahead of the barrier.
+
+    Left alone, ptxas likes to spill a few bytes for the sake of one more program per processor; told that it may
+    use all registers, it does not. A ``crowded`` kernel of eight warps needs them all anyway, and is scheduled better
+    untold."""
     options = {"num_warps": tiles.num_warps, "num_stages": 1}
-    if tiles.num_warps == 4 and torch.version.hip is None:
-        # Allowed all registers, ptxas does not spill a few bytes for the sake of one more program per processor.
+    if torch.version.hip is None and not (crowded and tiles.num_warps == 8):
         options["maxnreg"] = 255
     return options
 

@@ -60,7 +60,6 @@ class _Backward:
             "num_rows": keys.shape[0], "groups": self.groups, "scale": float(config.scale),
             "DEPTH": depth, "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,
             "BATCH_STATISTICS": inv_count is not None, "MANY": config.candidates > 1,
-            **launch_options(tiles),
         }  # fmt: skip
 
     def _add_slots(self, slots: Tensor) -> None:
@@ -108,7 +107,7 @@ class _Backward:
         with on_device(self.tensors.keys):
             kernels.backward_items[(self.call.programs,)](
                 **self.arguments, private=private, private_size=2 * width, offset_slots=unused, first_slots=unused,
-                grad_keys=unused, keys_scratch=unused, GATHER=layer,
+                grad_keys=unused, keys_scratch=unused, GATHER=layer, **launch_options(self.call.tiles),
             )  # fmt: skip
         torch.mul(private.sum(0), self.inv_count, out=self.sums[2 * before : 2 * (before + width)])
 
@@ -133,6 +132,7 @@ class _Backward:
                 **self.arguments, private=private, private_size=self.columns,
                 offset_slots=offset_slots, first_slots=first_slots, grad_keys=grad_keys,
                 keys_scratch=call.scratch(dim, torch.float32) if many else call.params, GATHER=-1,
+                **launch_options(call.tiles, crowded=True),
             )  # fmt: skip
             self._add_slots(offset_slots)
             self._add_slots(first_slots)

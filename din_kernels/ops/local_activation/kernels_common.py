@@ -1,6 +1,6 @@
 """What the universal kernels share: finding an item's rows, the layers of the scoring network, and their activations.
 
-A program handles one tile of BLOCK_T rows at a time. A layer is computed in blocks of B columns, each the sum over
+A program handles one tile of T rows at a time. A layer is computed in blocks of B columns, each the sum over
 blocks of the layer below. Hidden activations of the tile rest between layers in scratch memory of the program's own
 (it stays in the L2 cache), not in registers: so no width makes a kernel spill, and one kernel serves every width up
 to 256. The price is a trip through the cache and a barrier per layer, which the kernels for common shapes do not pay.

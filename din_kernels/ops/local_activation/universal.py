@@ -55,7 +55,7 @@ def tiling(config: UnitConfig, dtype: torch.dtype, *, backward: bool = False, ca
 
     Products in full fp32 run on the ordinary cores, from registers, so their tiles are small. tf32 operands take twice
     the registers of 16-bit ones. The backward kernel has some two hundred addresses, so eight warps share its tiles,
-    and narrow blocks pad less of 36, 40 or 80 columns besides. Before sm_90 fewer addresses fit beside the registers."""
+    and narrow blocks pad less of 36, 40 or 80 columns besides. Before sm_90 fewer addresses fit."""
     full, tf32 = (dtype == torch.float32 and config.precision == p for p in ("ieee", "tf32"))
     padded_dim = _power_of_two(config.embedding_dim)
     if backward:

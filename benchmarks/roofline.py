@@ -1,0 +1,288 @@
+"""The least time each problem can take, from four limits: bytes, arithmetic, special functions, instruction issue.
+
+    python -m benchmarks.roofline                  floors of all workloads on the machines of the table
+    python -m benchmarks.roofline --machine here   the same for this CPU: bandwidth and peaks measured now
+
+A floor counts what no implementation can avoid: every real behaviour row read once (padding is not), every result written
+once, the factorised first layer, one exponential and one reciprocal per sigmoid. Issue time needs machine code, so it comes
+from the recorded instruction counts (``results/static_budget.json``) where a kernel for the shape is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+
+import torch
+
+from .workloads import ACTIVATION, DICE, SPARSE, ActivationWorkload, DiceWorkload, SparseWorkload
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Peaks in units per second. ``source`` says which are measured; the rest are the vendor's data sheet.
+
+    special  results of the special-function unit (exp2, reciprocal): 16 per clock and multiprocessor
+    issue    warp instructions: 4 per clock and multiprocessor
+    cache    bytes of last-level cache: a second pass over a tensor that fits does not count as memory traffic
+    """
+
+    name: str
+    bandwidth: float
+    bf16: float
+    tf32: float
+    fp32: float
+    special: float
+    issue: float
+    cache: float
+    source: str
+
+    def peak(self, dtype: torch.dtype, tf32: bool = False) -> float:
+        if dtype in (torch.bfloat16, torch.float16):
+            return self.bf16
+        return self.tf32 if tf32 else self.fp32
+
+
+def _gpu(
+    name: str, bandwidth: float, bf16: float, tf32: float, fp32: float, sms: int, clock: float, l2: float, source: str
+):  # type: ignore[no-untyped-def]  # noqa: E501
+    return Machine(name, bandwidth, bf16, tf32, fp32, sms * 16 * clock, sms * 4 * clock, l2, source)
+
+
+MACHINES = {
+    m.name: m
+    for m in (
+        _gpu("A100-80GB", 2.039e12, 312e12, 156e12, 19.5e12, 108, 1.41e9, 40e6, "data sheet"),
+        _gpu("H100-SXM", 3.35e12, 989e12, 494e12, 67e12, 132, 1.98e9, 50e6, "data sheet"),
+        _gpu(
+            "H200",
+            4.3e12,
+            788e12,
+            394e12,
+            67e12,
+            132,
+            1.98e9,
+            50e6,
+            "bandwidth (copy) and bf16 measured, tf32 half of it, rest data sheet",
+        ),  # noqa: E501
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """Amounts of work of one problem (``instructions`` in warp instructions; None where nothing is recorded)."""
+
+    bytes: float
+    flops: float
+    special: float = 0.0
+    instructions: float | None = None
+
+    def __add__(self, other: Floor) -> Floor:
+        known = self.instructions is not None and other.instructions is not None
+        total = self.instructions + other.instructions if known else None  # type: ignore[operator]
+        return Floor(self.bytes + other.bytes, self.flops + other.flops, self.special + other.special, total)
+
+    def times(self, machine: Machine, dtype: torch.dtype, tf32: bool = False) -> dict[str, float]:
+        """Seconds for each limit by itself."""
+        result = {
+            "bytes": self.bytes / machine.bandwidth,
+            "arithmetic": self.flops / machine.peak(dtype, tf32),
+            "special": self.special / machine.special,
+        }
+        if self.instructions is not None and machine.issue:
+            result["issue"] = self.instructions / machine.issue
+        return result
+
+    def binding(self, machine: Machine, dtype: torch.dtype, tf32: bool = False) -> tuple[str, float]:
+        """The limit that binds, and its seconds: no implementation is faster."""
+        return max(self.times(machine, dtype, tf32).items(), key=lambda item: item[1])
+
+
+def activation_rows(workload: ActivationWorkload, seed: int = 0) -> int:
+    """Real (behaviour, candidate) pairs of the sampled batch."""
+    return int(workload.lengths.sample(workload.batch, seed).sum()) * max(workload.candidates, 1)
+
+
+def activation_floor(
+    workload: ActivationWorkload,
+    dtype: torch.dtype,
+    *,
+    rows: int | None = None,
+    backward: bool = False,
+    per_row: float | None = None,
+) -> Floor:
+    """Floor of one forward (or, with ``backward``, of the backward alone, recomputing the hidden layers).
+
+    rows: scored rows (candidates × behaviours); default from the workload's sampled lengths. per_row: recorded warp
+    instructions a row. Bytes: forward reads keys, queries and weights and writes the result; backward reads keys, queries
+    and output gradients and writes gradients of keys and queries. With C candidates a list is read once. FLOP: with
+    N rows, D columns, widths H1, H2 …: 2·N·D·H1 for A_b e, the later layers, pooling 2·N·D; per query 4·D·H1 for c_b and A_b
+    ("product") or 2·D·H1 + 2·D²·H1 ("outer"). Backward does each product three times (recompute and two gradients).
+    """
+    size = torch.empty(0, dtype=dtype).element_size()
+    rows = activation_rows(workload) if rows is None else rows
+    candidates = max(workload.candidates, 1)
+    queries = workload.batch * candidates
+    dim, first, *rest = workload.dim, *workload.hidden
+    last = workload.hidden[-1]
+    parameters = (3 * dim * first if workload.interaction == "product" else (2 + dim) * dim * first) + last
+    layers = 0
+    for width_in, width_out in zip(workload.hidden[:-1], rest, strict=True):
+        parameters += width_in * width_out
+        layers += 2 * rows * width_in * width_out
+    per_query = 2 * queries * dim * first * (2 if workload.interaction == "product" else 1 + dim)
+    network = 2 * rows * dim * first + layers
+    heads = 2 * rows * last + 2 * rows * dim
+    sigmoids = rows * sum(workload.hidden) if workload.activation in ("sigmoid", "dice") else 0
+    key_bytes = rows // candidates * dim * size
+    special = 2 * sigmoids + (rows if workload.softmax else 0)
+    issue = None if per_row is None else rows * per_row
+    if backward:
+        moved = 2 * key_bytes + 4 * queries * dim * size + 8 * workload.batch + parameters * 4
+        return Floor(moved, 3 * (network + per_query) + 2 * heads, special, issue)
+    moved = key_bytes + 2 * queries * dim * size + 8 * workload.batch + parameters * 4
+    return Floor(moved, network + per_query + heads, special, issue)
+
+
+def dice_floor(
+    workload: DiceWorkload, dtype: torch.dtype, *, training: bool = True, backward: bool = False, cached: bool = False
+) -> Floor:
+    """Floor of Dice. Training reads the input for the statistics and again to apply them; ``cached`` (the tensor fits the
+    last-level cache) makes the second read free. Backward: input and gradient twice, one gradient written."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    elements = workload.rows * workload.channels
+    if backward:
+        passes = 3 if cached or not training else 5
+    else:
+        passes = 2 if cached or not training else 3
+    return Floor(passes * elements * size, (12 if backward else 8) * elements, 2.0 * elements)
+
+
+def sparse_floor(
+    workload: SparseWorkload, dtype: torch.dtype = torch.float32, *, distinct: int | None = None, state_rows: int = 0
+) -> Floor:
+    """Floor of the sorted update: every occurrence's gradient row and index read once, every distinct row (and
+    ``state_rows`` rows of optimizer state with it) read and written once, its count read once. The sort is not included."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    if distinct is None:
+        distinct = int(workload.ids().unique().numel())
+    row = workload.dim * size
+    moved = workload.occurrences * (row + 8) + distinct * (2 * row * (1 + state_rows) + 8)
+    return Floor(moved, workload.occurrences * workload.dim + 3.0 * distinct * workload.dim)
+
+
+# ---- this machine ----------------------------------------------------------------------------------------------
+
+
+def _best(function, seconds: float = 0.6) -> float:  # type: ignore[no-untyped-def]
+    function()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure_cpu() -> Machine:
+    """Copy bandwidth, GEMM peak and sigmoid rate of this CPU with torch's current number of threads (about 3 seconds)."""
+    source = torch.randn(1 << 25)  # 128 MiB: beyond any cache here
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() * 4 / _best(lambda: target.copy_(source))
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    out = torch.empty(1024, 1024)
+    fp32 = 2 * 1024**3 / _best(lambda: torch.mm(a, b, out=out))
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    bf16 = 2 * 1024**3 / _best(lambda: torch.mm(a16, b16))
+    values = torch.randn(1 << 15)  # 128 KiB: in the cache
+    result = torch.empty_like(values)
+    special = 2 * values.numel() / _best(lambda: torch.sigmoid(values, out=result))
+    threads = torch.get_num_threads()
+    return Machine(
+        f"CPU, {threads} threads", bandwidth, bf16, fp32, fp32, special, 0.0, 0.0, "all measured in this run"
+    )
+
+
+def measure_gpu(device: torch.device | str = "cuda") -> Machine:
+    """This GPU by name, with copy bandwidth and GEMM peaks measured and the rest from its properties."""
+    properties = torch.cuda.get_device_properties(device)
+
+    def seconds(function, repeat: int = 20) -> float:  # type: ignore[no-untyped-def]
+        function()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeat):
+            function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeat
+
+    source = torch.empty(1 << 28, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))
+    del source, target
+    peaks = {}
+    before = torch.backends.cuda.matmul.allow_tf32
+    for name, dtype, tf32 in (
+        ("bf16", torch.bfloat16, False),
+        ("tf32", torch.float32, True),
+        ("fp32", torch.float32, False),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        a = torch.randn(8192, 8192, device=device, dtype=dtype)
+        peaks[name] = 2 * 8192**3 / seconds(lambda a=a: a @ a, 5)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    clock = getattr(properties, "clock_rate", 0) * 1e3 or 1.98e9
+    sms = properties.multi_processor_count
+    l2 = float(getattr(properties, "L2_cache_size", 50e6))
+    return Machine(
+        properties.name, bandwidth, peaks["bf16"], peaks["tf32"], peaks["fp32"], sms * 16 * clock, sms * 4 * clock, l2,
+        "copy and GEMM measured in this run; special functions and issue from multiprocessors × clock",
+    )  # fmt: skip
+
+
+def table(machines: list[Machine]) -> str:
+    """Floors of every workload in microseconds, the binding limit marked."""
+    lines = []
+    for machine in machines:
+        lines.append(f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s, bf16 {machine.bf16 / 1e12:.2f} TFLOP/s, "
+                     f"tf32 {machine.tf32 / 1e12:.2f}, fp32 {machine.fp32 / 1e12:.2f} ({machine.source})")  # fmt: skip
+        problems: list[tuple[str, Floor, torch.dtype]] = []
+        for w in ACTIVATION.values():
+            for dtype in (torch.float32, torch.bfloat16):
+                forward, backward = activation_floor(w, dtype), activation_floor(w, dtype, backward=True)
+                problems += [
+                    (f"{w.name} forward", forward, dtype),
+                    (f"{w.name} forward+backward", forward + backward, dtype),
+                ]
+        for d in DICE.values():
+            cached = d.rows * d.channels * 4 <= machine.cache / 2
+            both = dice_floor(d, torch.float32, cached=cached) + dice_floor(
+                d, torch.float32, backward=True, cached=cached
+            )
+            problems.append((f"Dice {d.name} forward+backward", both, torch.float32))
+        problems += [(f"sparse update {s.name}", sparse_floor(s), torch.float32) for s in SPARSE.values()]
+        for name, floor, dtype in problems:
+            times = floor.times(machine, dtype, tf32=True)
+            binding, _ = floor.binding(machine, dtype, tf32=True)
+            cells = "  ".join(f"{k} {v * 1e6:9.1f}{'*' if k == binding else ' '}" for k, v in times.items())
+            lines.append(f"  {name:<36} {str(dtype).removeprefix('torch.'):<9} {floor.bytes / 1e6:9.1f} MB "
+                         f"{floor.flops / 1e9:8.2f} GFLOP   us: {cells}")  # fmt: skip
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--machine", nargs="+", choices=[*MACHINES, "here"], default=list(MACHINES))
+    args = parser.parse_args(argv)
+    here = (measure_gpu if torch.cuda.is_available() else measure_cpu) if "here" in args.machine else None
+    print(table([here() if name == "here" and here else MACHINES[name] for name in args.machine]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ of the terms:
     rms  =  SAFETY · stages · (u_product + u_store + √length · u_sum)
 
 A single element may be worse than the root mean square: among n Gaussian errors the largest is about √(2 ln n) times
-it, 5.3 for a million. ``SAFETY`` covers what the model leaves out (condition of sigmoid and softmax, uneven magnitudes).
+it, 5.3 for a million. ``SAFETY`` covers what the model leaves out: condition of sigmoid and softmax, uneven sizes.
 Nothing is fitted to one machine, so that the same test holds on every GPU.
 
 **Jagged shapes.** ``jagged_lengths`` and friends are hypothesis strategies over what breaks jagged kernels: no samples,

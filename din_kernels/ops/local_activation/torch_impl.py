@@ -26,6 +26,10 @@ from .torch_hidden import HiddenGradients, HiddenLayers, Recorded
 from .torch_plan import PackedRows, PieceGroup, RowChunk, pack_rows, piece_groups, row_chunks
 
 
+# Average list length from which the per-list matrix form serves the product interaction too.
+SHORT_LISTS = 24
+
+
 class _Step(NamedTuple):
     """One chunk, whatever its form: its first pre-activations and how to push their gradient back.
 
@@ -54,8 +58,11 @@ class _Walk:
         self.packed: PackedRows = pack_rows(config, tensors)
         self.first: FirstLayer = first_layer(config, tensors)
         self.query = tensors.query.to(self.dtype)
-        self.by_rows = config.interaction == "product" and config.candidates == 1
         self.num_lists = tensors.starts.numel()
+        # Forming A costs a list D·H once and then saves D·H per behaviour and direction: it pays from a few rows on,
+        # but short pieces make poor matrix products.
+        short = self.packed.count < SHORT_LISTS * self.num_lists
+        self.by_rows = config.interaction == "product" and config.candidates == 1 and short
         self.chunks: list[RowChunk] = row_chunks(self.packed) if self.by_rows else []
         self.groups: list[PieceGroup] = [] if self.by_rows else piece_groups(config, self.packed)
 
@@ -88,21 +95,35 @@ class _Walk:
         candidates, width = self.config.candidates, self.config.hidden_units[0]
         dim = self.config.embedding_dim
         if self.first.matrix is not None:
-            return self.first.matrix.view(-1, candidates * width, dim).index_select(0, group.sample)
+            return group.of_list(self.first.matrix.view(-1, candidates * width, dim))
         assert self.first.product is not None
-        query = self.query.view(-1, candidates, 1, dim).index_select(0, group.sample)
+        query = group.of_list(self.query.view(-1, candidates, 1, dim))
         return torch.addcmul(self.first.shared, query, self.first.product).view(-1, candidates * width, dim)
+
+    def behaviours(self, group: PieceGroup) -> Tensor:
+        """[p, P, D]; padding repeats a real row."""
+        keys, (pieces, length) = self.tensors.keys, group.rows.shape
+        if group.first is not None:
+            rows = keys[group.first : group.first + pieces * length]
+        else:
+            rows = keys.index_select(0, group.rows.view(-1))
+        return rows.to(self.dtype).view(pieces, length, -1)
 
     def _piece_step(self, group: PieceGroup, backward: _Backward | None) -> _Step:
         candidates, width = self.config.candidates, self.config.hidden_units[0]
         pieces, length = group.rows.shape
-        keys = self.tensors.keys.index_select(0, group.rows.view(-1)).to(self.dtype).view(pieces, length, -1)
+        keys = self.behaviours(group)
         matrices = self.matrices(group)
-        offset = self.first.offset.view(-1, 1, candidates * width).index_select(0, group.sample)
+        offset = group.of_list(self.first.offset.view(-1, 1, candidates * width))
         z1 = torch.baddbmm(offset, keys, matrices.transpose(1, 2)).view(-1, width)  # [p, P, C, H1]
         candidate = torch.arange(candidates, device=keys.device)
-        pair = (group.packed.unsqueeze(2) * candidates + candidate).view(-1)
-        query = (group.sample.view(-1, 1, 1) * candidates + candidate).expand(pieces, length, candidates).reshape(-1)
+        pair: slice | Tensor
+        if group.first is not None:
+            pair = slice(group.first * candidates, (group.first + pieces * length) * candidates)
+        else:
+            pair = (group.packed.unsqueeze(2) * candidates + candidate).view(-1)
+        lists = group.of_list(torch.arange(self.num_lists, device=keys.device))
+        query = (lists.view(-1, 1, 1) * candidates + candidate).expand(pieces, length, candidates).reshape(-1)
         keep = None
         if group.valid is not None:
             keep = group.valid.unsqueeze(2).expand(pieces, length, candidates).reshape(-1)
@@ -157,25 +178,21 @@ class _Walk:
         pooled = a.new_zeros(self.num_lists, candidates, keys.shape[1])
         weights = a.view(-1, candidates)
         for group in self.groups:
-            behaviours = keys.index_select(0, group.rows.view(-1)).to(a.dtype).view(*group.rows.shape, -1)
-            w = weights[group.packed]  # [p, P, C]
+            w = weights[group.packed.clamp(max=self.packed.count - 1)]  # [p, P, C]
             if group.valid is not None:
                 w = w.masked_fill(~group.valid.unsqueeze(2), 0)
-            pooled.index_add_(0, group.sample, w.transpose(1, 2) @ behaviours)
+            group.add_to_list(pooled, w.transpose(1, 2) @ self.behaviours(group))
         return pooled.view(-1, keys.shape[1])
 
     def scores(self) -> Tensor:
         """s of every pair [N·C]."""
         layers = HiddenLayers(self.config, self.tensors, self.dtype)
-        scores = torch.empty(self.packed.count * self.config.candidates, dtype=self.dtype, device=self.query.device)
+        pairs = self.packed.count * self.config.candidates
+        # One spare entry per candidate at the end takes what the padding of the pieces writes.
+        scores = torch.empty(pairs + self.config.candidates, dtype=self.dtype, device=self.query.device)
         for step in self.steps():
-            s = layers.scores(step.z1)
-            if step.keep is not None:
-                assert isinstance(step.pair, Tensor)
-                scores[step.pair[step.keep]] = s[step.keep]
-            else:
-                scores[step.pair] = s
-        return scores
+            scores[step.pair] = layers.scores(step.z1)
+        return scores[:pairs]
 
 
 def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +255,12 @@ class _Backward:
         queries = walk.query.shape[0]
         new = walk.query.new_zeros
         self.grad_pooled = grad_pooled
-        self.keys = torch.zeros_like(walk.tensors.keys, memory_format=torch.contiguous_format)
+        # The spare row at the end takes what the padding of the pieces writes.
+        rows = self.rows_total = walk.tensors.keys.shape[0]
+        make = torch.empty if walk.packed.count == rows else torch.zeros
+        keys = walk.tensors.keys
+        self.keys_and_spare = make(rows + 1, dim, dtype=keys.dtype, device=keys.device)
+        self.keys = self.keys_and_spare[:rows]
         self.offset = new(queries, width)
         outer = config.interaction == "outer"
         self.matrix = new(queries, width, dim) if outer else None
@@ -271,27 +293,26 @@ class _Backward:
         pieces, length = group.rows.shape
         candidates, width, dim = config.candidates, config.hidden_units[0], config.embedding_dim
         dz = dz.view(pieces, length, candidates * width)
-        gamma = dz.sum(1)
-        self.offset.view(-1, candidates * width).index_add_(0, group.sample, gamma)
+        group.add_to_list(self.offset.view(-1, candidates * width), dz.sum(1))
         outer = (dz.transpose(1, 2) @ keys).view(pieces, candidates, width, dim)  # G of each piece and candidate
         if self.matrix is not None:
-            self.matrix.view(-1, candidates, width, dim).index_add_(0, group.sample, outer)
+            group.add_to_list(self.matrix.view(-1, candidates, width, dim), outer)
         else:
             assert self.walk.first.product is not None
             assert self.shared is not None
             assert self.product is not None
             assert self.query is not None
-            query = self.walk.query.view(-1, candidates, dim).index_select(0, group.sample)
+            query = group.of_list(self.walk.query.view(-1, candidates, dim))
             self.shared += outer.sum((0, 1))
             self.product += torch.einsum("pchd,pcd->hd", outer, query)
             through = (outer * self.walk.first.product).sum(2)
-            self.query.view(-1, candidates, dim).index_add_(0, group.sample, through)
-        grad_pooled = self.grad_pooled.view(-1, candidates, dim).index_select(0, group.sample)
-        grad = torch.baddbmm(a.view(pieces, length, candidates) @ grad_pooled, dz, matrices).to(self.keys.dtype)
-        if group.valid is None:
-            self.keys[group.rows.view(-1)] = grad.view(-1, dim)
+            group.add_to_list(self.query.view(-1, candidates, dim), through)
+        grad_pooled = group.of_list(self.grad_pooled.view(-1, candidates, dim))
+        grad = torch.bmm(a.view(pieces, length, candidates), grad_pooled).baddbmm_(dz, matrices).to(self.keys.dtype)
+        if group.first is not None:
+            self.keys[group.first : group.first + pieces * length] = grad.view(-1, dim)
         else:
-            self.keys[group.rows[group.valid]] = grad[group.valid]
+            self.keys_and_spare[group.writing_rows(self.rows_total)] = grad.view(-1, dim)
 
 
 def backward(
@@ -311,6 +332,7 @@ def backward(
     first = _Backward(walk, grad_pooled)
 
     grad_a = None if grad_weights is None else grad_weights.to(walk.dtype)[walk.flat_index()]
+    spare = walk.query.new_zeros(config.candidates)  # what the padding of the pieces reads
     delta, log_normaliser = None, None
     if config.softmax:
         assert saved.log_normaliser is not None
@@ -319,6 +341,8 @@ def backward(
         if grad_a is not None:
             assert saved.weights is not None
             delta = delta + walk.per_list(saved.weights.to(walk.dtype)[walk.flat_index()] * grad_a)
+    if grad_a is not None:
+        grad_a = torch.cat([grad_a, spare])
 
     def grad_scores(step: _Step, scores: Tensor) -> tuple[Tensor, Tensor]:
         """(a, ds) of a chunk from its scores."""

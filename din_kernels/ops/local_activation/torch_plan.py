@@ -100,15 +100,33 @@ def row_chunks(packed: PackedRows) -> list[RowChunk]:
 class PieceGroup:
     """Pieces of about equal length, padded to P rows.
 
-    sample  [p] list of each piece
-    rows    [p, P] row of keys (padding repeats the piece's first row)
-    packed  [p, P] position among the packed rows
-    valid   [p, P] False at padding; None when nothing is padded"""
+    sample  [p] list of each piece, or a slice when they are consecutive lists
+    rows    [p, P] row of keys; padding repeats the piece's first row
+    packed  [p, P] position among the packed rows; padding points one past the last, where callers keep a spare
+    valid   [p, P] False at padding; None when nothing is padded
+    first   first row of keys when the group's rows are consecutive in memory and whole, else None"""
 
-    sample: Tensor
+    sample: Tensor | slice
     rows: Tensor
     packed: Tensor
     valid: Tensor | None
+    first: int | None
+
+    def writing_rows(self, spare: int) -> Tensor:
+        """[p · P] row of keys to write; padding goes to row ``spare``."""
+        rows = self.rows if self.valid is None else self.rows.masked_fill(~self.valid, spare)
+        return rows.reshape(-1)
+
+    def of_list(self, values: Tensor) -> Tensor:
+        """The pieces' entries of something held per list [S, …]."""
+        return values[self.sample] if isinstance(self.sample, slice) else values.index_select(0, self.sample)
+
+    def add_to_list(self, target: Tensor, values: Tensor) -> None:
+        """Add the pieces' values to what is held per list, in order."""
+        if isinstance(self.sample, slice):
+            target[self.sample] += values
+        else:
+            target.index_add_(0, self.sample, values)
 
 
 def piece_groups(config: UnitConfig, packed: PackedRows) -> list[PieceGroup]:
@@ -124,8 +142,10 @@ def piece_groups(config: UnitConfig, packed: PackedRows) -> list[PieceGroup]:
     size = torch.minimum(lengths[sample] - start, torch.full_like(start, PIECE_ROWS))
     first = packed.offsets[sample] + start
     size, order = torch.sort(size, stable=True)
-    sample, first = sample[order], first[order]
     sizes = size.tolist()
+    # Lists of one length, none cut and none skipped, need no gathering at all.
+    whole = packed.rows is None and sizes[0] == sizes[-1] and num_pieces == lengths.numel()
+    sample, first = sample[order], first[order]
 
     groups = []
     low = 0
@@ -135,10 +155,20 @@ def piece_groups(config: UnitConfig, packed: PackedRows) -> list[PieceGroup]:
         while high < num_pieces and (high + 1 - low) * sizes[high] * config.candidates <= CHUNK_PAIRS:
             high += 1
         width = sizes[high - 1]
+        if whole:
+            index = torch.arange(low * width, high * width, device=device).view(-1, width)
+            groups.append(PieceGroup(slice(low, high), index, index, None, low * width))
+            low = high
+            continue
         position = torch.arange(width, device=device)
-        inside = position < size[low:high].unsqueeze(1)
-        index = first[low:high].unsqueeze(1) + torch.where(inside, position, torch.zeros_like(position))
-        rows = index if packed.rows is None else packed.rows[index]
-        groups.append(PieceGroup(sample[low:high], rows, index, None if sizes[low] == width else inside))
+        begin = first[low:high].unsqueeze(1)
+        index, inside = begin + position, None
+        reading = index
+        if sizes[low] < width:
+            inside = position < size[low:high].unsqueeze(1)
+            reading = torch.where(inside, index, begin)
+            index = index.masked_fill(~inside, packed.count)
+        rows = reading if packed.rows is None else packed.rows[reading]
+        groups.append(PieceGroup(sample[low:high], rows, index, inside, None))
         low = high
     return groups

@@ -1,0 +1,122 @@
+"""``Dice`` as a drop-in module, ``LinearDice`` for a linear layer and its Dice, and statistics over many processes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import _backend
+from ..ops.dice.api import dice
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class Dice(nn.Module):
+    """Data-adaptive activation (paper eq. 8-9): ``y = p·x + (1 − p)·α·x``, ``p = σ((x − E[x]) / √(Var[x] + ε))``.
+
+    Args:
+        num_features: C, the last dimension of the input.
+        eps: ε, the paper's 1e-8.
+        momentum: of the running statistics, as in ``nn.BatchNorm1d``; None averages over all batches.
+        affine: a trainable ``weight`` and ``bias`` on the normalised input inside the sigmoid.
+        backend: None (automatic), "triton" or "torch".
+        process_group: take statistics over all processes of this group (see ``convert_sync_dice``).
+
+    ``alpha`` [C] starts at 0. Assign a parameter of shape [C, 1] or [1] to share or reshape the slope, or
+    ``requires_grad_(False)`` to fix it. ``state_dict``: ``alpha``, ``running_mean``, ``running_var``,
+    ``num_batches_tracked``, and ``weight``, ``bias`` with ``affine``, as in ``reference.Dice``.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-8,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        backend: str | None = None,
+        *,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        _backend.check_name(backend)
+        self.num_features, self.eps, self.momentum, self.affine = num_features, eps, momentum, affine
+        self.backend, self.process_group = backend, process_group
+        self.alpha = nn.Parameter(torch.zeros(num_features))
+        if affine:
+            self.weight = nn.Parameter(torch.ones(num_features))
+            self.bias = nn.Parameter(torch.zeros(num_features))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [..., C] -> the same; ``mask`` [...] bool selects the rows that count in the statistics of training."""
+        return dice(
+            x,
+            self.alpha,
+            self.running_mean,
+            self.running_var,
+            weight=self.weight,
+            bias=self.bias,
+            mask=mask,
+            num_batches_tracked=self.num_batches_tracked,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            process_group=self.process_group,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, backend={self.backend!r}"
+
+
+class LinearDice(nn.Module):
+    """A linear layer and the Dice after it, in place of the pair: ``linear.weight``, ``linear.bias``, ``dice.*``.
+
+    Args: as ``nn.Linear(in_features, out_features, bias)`` and ``Dice(out_features, eps, momentum, affine, backend)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        eps: float = 1e-8,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.dice = Dice(out_features, eps, momentum, affine, backend)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.dice(self.linear(x), mask)
+
+
+def convert_sync_dice(module: _Module, process_group: Any = None) -> _Module:
+    """Make every ``Dice`` inside ``module`` take its statistics over all processes of ``process_group``, in place.
+
+    As ``nn.SyncBatchNorm.convert_sync_batchnorm``; ``process_group=None`` means the default group, which must have been
+    initialised. Parameters and buffers stay what they are. Returns ``module``.
+    """
+    if process_group is None:
+        process_group = torch.distributed.group.WORLD
+        if process_group is None:
+            raise ValueError("convert_sync_dice needs a process group: call torch.distributed.init_process_group first")
+    for child in module.modules():
+        if isinstance(child, Dice):
+            child.process_group = process_group
+    return module

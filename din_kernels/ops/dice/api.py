@@ -1,0 +1,137 @@
+"""Public call of Dice: arguments are checked, and x is seen as rows, here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _backend, _checks
+from .function import DiceFunction, Running
+
+MAX_WIDTH = 8192  # channels the kernels serve; the torch backend has no limit
+
+
+def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> None:
+    if value is not None:
+        _checks.check_tensor(
+            name, value, shape=(width,), dtypes=_checks.FLOAT_DTYPES, device=x.device, layout_hint=" [C]"
+        )
+
+
+def _check(
+    x: Tensor, alpha: Tensor, running: Running, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    training: bool,
+) -> None:  # fmt: skip
+    _checks.check_tensor("x", x, dtypes=_checks.FLOAT_DTYPES)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must have shape [..., C] with at least one channel, got {list(x.shape)}")
+    width = x.shape[-1]
+    _checks.check_tensor("alpha", alpha, dtypes=_checks.FLOAT_DTYPES, device=x.device)
+    if alpha.numel() not in (1, width) or alpha.dim() > 2:
+        raise ValueError(f"alpha must have shape [C], [C, 1] or [1] for C = {width} channels, got {list(alpha.shape)}")
+    for name, value in (
+        ("weight", weight), ("bias", bias), ("running_mean", running.mean), ("running_var", running.var)
+    ):  # fmt: skip
+        _check_vector(name, value, width, x)
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias must be given together, or neither")
+    if (running.mean is None) != (running.var is None):
+        raise ValueError("running_mean and running_var must be given together, or neither")
+    if running.mean is None and not training:
+        raise ValueError("running_mean and running_var are needed when training=False: Dice normalises with them")
+    if running.tracked is not None:
+        _checks.check_tensor("num_batches_tracked", running.tracked, shape=(), dtypes=(torch.int64,), device=x.device)
+    if running.momentum is None:
+        if training and running.mean is not None and running.tracked is None:
+            raise ValueError("momentum=None averages over all batches and needs num_batches_tracked to count them")
+    elif not 0.0 <= running.momentum <= 1.0:
+        raise ValueError(f"momentum must be None or between 0 and 1, got {running.momentum}")
+    if not running.eps >= 0.0:
+        raise ValueError(f"eps must not be negative, got {running.eps}")
+    if mask is not None:
+        _checks.check_tensor(
+            "mask", mask, shape=x.shape[:-1], dtypes=(torch.bool,), device=x.device, layout_hint=" [...]"
+        )
+
+
+def choose_backend(backend: str | None, x: Tensor) -> str:
+    """The backend for this call: an explicit "triton" that cannot serve raises, an automatic one falls back, logged once."""
+    served_by = _backend.resolve(backend, x.device)
+    if served_by == "torch":
+        return served_by
+    reason = None
+    if x.dtype == torch.float64:
+        reason = "float64"
+    elif x.shape[-1] > MAX_WIDTH:
+        reason = f"more than {MAX_WIDTH} channels"
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise _backend.BackendUnavailable(f"backend='triton' cannot serve this call: {reason}; use backend='torch'")
+    _backend.log_once(f"dice: {reason}; the torch backend serves it")
+    return "torch"
+
+
+def dice(
+    x: Tensor,
+    alpha: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-8,
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Data-adaptive activation: ``y = p·x + (1 − p)·α·x``, ``p = σ((x − E[x]) / √(Var[x] + ε))`` (paper eq. 8-9).
+
+    Zhou et al., KDD 2018 (arXiv 1706.06978), section 5.2. E and Var are per channel, over all other dimensions; the biased
+    variance normalises, the unbiased one is accumulated, as in ``torch.nn.functional.batch_norm``.
+
+    Args:
+        x: [..., C], channel last, any strides (copied only where its rows cannot be walked with one stride).
+        alpha: [C], [C, 1] or [1]; slope of the part that p switches off.
+        running_mean, running_var: [C], updated in place in training; normalise in evaluation. May be None in training.
+        weight, bias: [C], applied to the normalised x inside the sigmoid (an affine BatchNorm); both or neither.
+        mask: [...] bool, True where a row counts in the statistics of training. Rows outside are computed all the same,
+            and their gradients count. With fewer than two rows that count the running statistics (mean 0 and variance 1 if
+            None) normalise and stay as they are.
+        num_batches_tracked: [] int64, counts the updates.
+        training: normalise with the statistics of this batch.
+        momentum: weight of the new batch in the running statistics; None: the average over all batches.
+        eps: ε; the paper's 1e-8 is kept exactly: statistics are never E[x²] − E[x]².
+        process_group: statistics over the rows of all processes of this ``torch.distributed`` group.
+        backend: None, "triton" or "torch"; see ``din_kernels._backend``.
+
+    Returns:
+        y, shaped as x, in its dtype; statistics are taken in float32 (float64 for float64). Gradients flow to x (through
+        the batch's statistics too), alpha, weight and bias, once: there is no double backward.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; training on a single row without
+            ``mask`` or ``process_group``, which has no variance.
+        BackendUnavailable: an explicit backend that cannot serve here.
+    """
+    running = Running(running_mean, running_var, num_batches_tracked, momentum, eps)
+    _check(x, alpha, running, weight, bias, mask, training)
+    served_by = choose_backend(backend, x)
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    if training and mask is None and process_group is None and rows.shape[0] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    if alpha.shape != (width,):
+        alpha = alpha.reshape(-1).expand(width)
+    if mask is not None:
+        mask = mask.reshape(-1) if training else None
+    y = DiceFunction.apply(rows, alpha, weight, bias, mask, running, training, process_group, served_by)
+    if training and running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+        # Autograd must notice a graph that was recorded with the old values and is used after this.
+        torch.autograd.graph.increment_version((running_mean, running_var))
+    return y.reshape(x.shape)

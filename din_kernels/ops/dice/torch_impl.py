@@ -1,0 +1,189 @@
+"""Dice in plain torch: the twin of the Triton kernels on any device, in float64 too.
+
+Everything works on rows x [N, C]. Statistics are moments [3, C]: rows (count, mean, M2) with M2 = Σ(x − mean)², kept in
+float32 (float64 for float64) and merged by Chan's formula, never as E[x²] − E[x]²: ε = 1e-8 would drown in its rounding.
+
+On a CPU rows are walked in chunks that stay in the cache, because the intermediate steps (there is no fusion here) would
+otherwise each go through memory; elsewhere a chunk is everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 16  # 256 KiB of float32: input, output and one temporary fit a core's second-level cache
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of statistics and sums for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    rows, width = x.shape
+    step = max(1, _CHUNK_ELEMENTS // width) if x.device.type == "cpu" else max(1, rows)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
+def merge(parts: Tensor) -> Tensor:
+    """Moments of a union from the moments of its parts: [P, 3, C] -> [3, C] (Chan, Golub and LeVeque, 1979)."""
+    count, mean, m2 = parts.unbind(1)
+    total = count.sum(0)
+    merged = (count * mean).sum(0) / total.clamp(min=1)
+    return torch.stack((total, merged, (m2 + count * (mean - merged).square()).sum(0)))
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(count, mean, M2) [3, C] of the rows of x [N, C] that ``mask`` [N] selects (None: all); zeros without rows."""
+    wide = wide_dtype(x.dtype)
+    parts = []
+    for rows in _chunks(x):
+        values = x[rows].to(wide)
+        if mask is None:
+            count = values.new_full((x.shape[1],), values.shape[0])
+            mean = values.mean(0)
+            centred = values - mean
+        else:
+            keep = mask[rows, None]
+            count = keep.sum(0, dtype=wide).expand(x.shape[1])
+            mean = values.masked_fill(~keep, 0).sum(0) / count.clamp(min=1)
+            centred = (values - mean).masked_fill_(~keep, 0)
+        parts.append(torch.stack((count, mean, centred.square_().sum(0))))
+    if not parts:
+        return x.new_zeros((3, x.shape[1]), dtype=wide)
+    return parts[0] if len(parts) == 1 else merge(torch.stack(parts))
+
+
+def _update(buffer: Tensor, value: Tensor, step: Tensor | float) -> None:
+    """buffer += step·(value − buffer), computed in ``value``'s precision."""
+    buffer.add_(((value - buffer.to(value.dtype)) * step).to(buffer.dtype))
+
+
+def statistics(
+    batch: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    step: Tensor | float,
+    eps: float,
+    wide: torch.dtype,
+) -> Tensor:
+    """What normalises, [3, C]: mean, 1/√(var + ε), and 1/count where the batch's statistics serve, else 0.
+
+    batch    moments [3, C] of the rows that count; None in evaluation
+    running_mean, running_var, tracked   used where fewer than two rows count (0 and 1 stand in for None) and left as they
+             are then; otherwise updated in place by ``step``
+    """
+    if batch is None:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.to(wide), running_var.to(wide)
+        return torch.stack((mean, torch.rsqrt(var + eps), torch.zeros_like(mean)))
+    count, mean, m2 = batch.to(wide).unbind(0)
+    enough = count >= 2
+    old_mean = mean.new_zeros(()) if running_mean is None else running_mean.to(mean.dtype)
+    old_var = mean.new_ones(()) if running_var is None else running_var.to(mean.dtype)
+    inverse = torch.where(enough, 1 / count.clamp(min=1), 0)
+    result = torch.stack(
+        (torch.where(enough, mean, old_mean), torch.rsqrt(torch.where(enough, m2 * inverse, old_var) + eps), inverse)
+    )
+    if running_mean is not None and running_var is not None:
+        step = torch.where(enough, step, 0).to(mean.dtype)
+        _update(running_mean, mean, step)
+        _update(running_var, m2 / (count - 1).clamp(min=1), step)
+        if tracked is not None:
+            tracked.add_(enough[0].to(tracked.dtype))
+    return result
+
+
+def apply(x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y = x·(α + (1 − α)·p) with p = σ(x̂·weight + bias), x̂ = (x − mean)·rstd; normaliser [3, C] from ``statistics``."""
+    wide = wide_dtype(x.dtype)
+    mean, rstd, _ = normaliser.to(wide).unbind(0)
+    alpha = alpha.to(wide)
+    slope = 1 - alpha
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows in _chunks(x):
+        values = x[rows].to(wide)
+        # The output is the workspace where it has the precision for it.
+        p = torch.sub(values, mean, out=y[rows]) if y.dtype == wide else values - mean
+        p.mul_(rstd)
+        if weight is not None:
+            assert bias is not None
+            torch.addcmul(bias.to(wide), p, weight.to(wide), out=p)
+        p.sigmoid_()
+        torch.addcmul(alpha, p, slope, out=p).mul_(values)
+        if y.dtype != wide:
+            y[rows] = p
+    return y
+
+
+def _parts(
+    grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x̂, p, g·x and dz = g·x·(1 − α)·p·(1 − p) of some rows, where z is the argument of the sigmoid."""
+    mean, rstd, _ = normaliser.unbind(0)
+    normalised = (x - mean).mul_(rstd)
+    z = normalised if weight is None or bias is None else torch.addcmul(bias, normalised, weight)
+    p = torch.sigmoid(z)
+    product = grad * x
+    dz = (p - p * p).mul_(product).mul_(1 - alpha)
+    return normalised, p, product, dz
+
+
+def backward_sums(
+    grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Sums over all rows [3, C]: Σ dz, Σ dz·x̂, Σ g·x·(1 − p), which are also the gradients of bias, weight and α."""
+    wide = wide_dtype(x.dtype)
+    normaliser, alpha, weight, bias = _widen(wide, normaliser, alpha, weight, bias)
+    sums = torch.zeros((3, x.shape[1]), dtype=wide, device=x.device)
+    for rows in _chunks(x):
+        normalised, p, product, dz = _parts(grad[rows].to(wide), x[rows].to(wide), normaliser, alpha, weight, bias)
+        sums[0] += dz.sum(0)
+        sums[1] += dz.mul_(normalised).sum(0)
+        sums[2] += p.neg_().add_(1).mul_(product).sum(0)
+    return sums
+
+
+def backward_apply(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    normaliser: Tensor,
+    sums: Tensor,
+    alpha: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """dx = g·(p + α(1 − p)) + rstd·w·(dz − [row counts]·(Σ dz + x̂·Σ dz·x̂)/count)."""
+    wide = wide_dtype(x.dtype)
+    normaliser, alpha, weight, bias = _widen(wide, normaliser, alpha, weight, bias)
+    _, rstd, inverse = normaliser.unbind(0)
+    scale = rstd if weight is None else rstd * weight
+    first, second = sums[0] * inverse, sums[1] * inverse
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows in _chunks(x):
+        g = grad[rows].to(wide)
+        normalised, p, _, dz = _parts(g, x[rows].to(wide), normaliser, alpha, weight, bias)
+        through = torch.addcmul(first, normalised, second, out=normalised)
+        if mask is not None:
+            through = through.masked_fill_(~mask[rows, None], 0)
+        through = dz.sub_(through).mul_(scale)
+        dx[rows] = torch.addcmul(alpha, p, 1 - alpha, out=p).mul_(g).add_(through)
+    return dx
+
+
+def _widen(
+    wide: torch.dtype, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return (
+        normaliser.to(wide),
+        alpha.to(wide),
+        None if weight is None else weight.to(wide),
+        None if bias is None else bias.to(wide),
+    )

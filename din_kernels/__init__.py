@@ -3,7 +3,20 @@
 Importing this package touches neither CUDA nor the Triton driver, and works without Triton (torch backend).
 """
 
+from . import functional, jagged, ops
 from ._backend import BackendUnavailable
 from ._version import __version__
+from .modules import Dice, LinearDice, LocalActivationUnit, MBAEmbedding, convert_sync_dice
 
-__all__ = ["BackendUnavailable", "__version__"]
+__all__ = [
+    "BackendUnavailable",
+    "Dice",
+    "LinearDice",
+    "LocalActivationUnit",
+    "MBAEmbedding",
+    "__version__",
+    "convert_sync_dice",
+    "functional",
+    "jagged",
+    "ops",
+]

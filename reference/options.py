@@ -11,6 +11,7 @@ import torch
 
 from .data import DATASETS
 from .models import MODELS, ModelConfig
+from .models.common import POOLINGS
 from .units import ACTIVATIONS, INTERACTIONS
 
 REGULARIZERS = ("none", "l2", "mba", "dropout", "filter", "difacto")
@@ -32,6 +33,7 @@ class Options:
     interaction: str = "outer"
     softmax: bool = False
     cross: bool = False
+    pooling: str = "sum"
     profile: bool = True
     field_dim: int = 8
     unit_hidden: tuple[int, ...] = (36,)
@@ -69,6 +71,7 @@ class Options:
             interaction=self.interaction,
             softmax=self.softmax,
             cross=self.cross,
+            pooling=self.pooling,
             use_profile=self.profile,
             init_std=self.init_std,
         )
@@ -95,6 +98,7 @@ def check(options: Options) -> None:
     require(bool(options.models), "models", "at least one model")
     require(options.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
     require(options.interaction in INTERACTIONS, "interaction", f"one of {', '.join(INTERACTIONS)}")
+    require(options.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
     require(options.regularizer in REGULARIZERS, "regularizer", f"one of {', '.join(REGULARIZERS)}")
     require(options.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
     require(options.amp in AMP, "amp", f"one of {', '.join(AMP)}")
@@ -149,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--interaction", choices=INTERACTIONS)
     model.add_argument("--softmax", action=argparse.BooleanOptionalAction, help="normalise the weights over a history")
     model.add_argument("--cross", action=argparse.BooleanOptionalAction, help="feed candidate ∘ pooled to the MLP too")
+    model.add_argument("--pooling", choices=POOLINGS, help="of the behaviours, in models without attention")
     model.add_argument("--profile", action=argparse.BooleanOptionalAction, help="feed gender, age group, occupation")
     model.add_argument("--field-dim", type=int, metavar="D", help="embedding width of item and of category")
     model.add_argument("--unit-hidden", type=int, nargs="+", metavar="H", help="hidden layers of the activation unit")

@@ -9,6 +9,7 @@ layer of every behaviour. Constructors and ``state_dict`` keys are those of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +129,7 @@ class LocalActivationUnit(nn.Module):
         first = embedding_dim * (embedding_dim + 2) if interaction == "outer" else 4 * embedding_dim
         widths = [first, *self.hidden_units]
         self.linears = nn.ModuleList(
-            [nn.Linear(i, o, bias=bias) for i, o in zip(widths[:-1], widths[1:], strict=True)]
-            + [nn.Linear(widths[-1], 1, bias=bias)]
+            [nn.Linear(i, o, bias=bias) for i, o in pairwise(widths)] + [nn.Linear(widths[-1], 1, bias=bias)]
         )
         self.activations = nn.ModuleList([make_activation(activation, width) for width in self.hidden_units])
 

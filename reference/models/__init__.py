@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ..data import ClickData
-from .common import ModelConfig, Schema
+from .common import ClickModel, ModelConfig, Schema
+from .deepfm import DeepFM
 from .din import DIN, BaseModel
+from .lr import LR
+from .pnn import PNN
+from .wide_deep import WideDeep
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model by name: how it is built, and what it is in a line."""
+
+    make: Callable[[Schema, ModelConfig], ClickModel]
+    what: str
+
+    def __str__(self) -> str:
+        return self.what
+
 
 MODELS = {
-    "base": "BaseModel: embeddings, sum pooling of the behaviours, MLP",
-    "base-mean": "BaseModel with mean pooling",
-    "din": "Deep Interest Network: the local activation unit weighs the behaviours for each candidate",
+    "lr": Entry(LR, "logistic regression on the ids"),
+    "base": Entry(
+        lambda schema, config: BaseModel(schema, config, config.pooling),
+        "BaseModel: embeddings, pooling of the behaviours (sum, or as --pooling says), MLP",
+    ),
+    "base-mean": Entry(
+        lambda schema, config: BaseModel(schema, config, "mean"),
+        "BaseModel with mean pooling",
+    ),
+    "wide-deep": Entry(WideDeep, "Wide & Deep: BaseModel, and a weight for each pair of behaviour and candidate"),
+    "pnn": Entry(PNN, "PNN: BaseModel with inner products of all pairs of fields"),
+    "deepfm": Entry(DeepFM, "DeepFM: linear terms, factorisation machine and MLP on the same embeddings"),
+    "din": Entry(DIN, "Deep Interest Network: the local activation unit weighs the behaviours for each candidate"),
 }
 
 
@@ -23,13 +50,9 @@ def schema_of(data: ClickData) -> Schema:
 
 def build(name: str, schema: Schema, config: ModelConfig) -> nn.Module:
     """A freshly initialised model; ``torch.manual_seed`` before it makes fused and unfused start equal."""
-    if name == "base":
-        return BaseModel(schema, config, pooling="sum")
-    if name == "base-mean":
-        return BaseModel(schema, config, pooling="mean")
-    if name == "din":
-        return DIN(schema, config)
-    raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name].make(schema, config)
 
 
 def build_twin(name: str, schema: Schema, config: ModelConfig, source: nn.Module, *, fused: bool) -> nn.Module:
@@ -39,4 +62,17 @@ def build_twin(name: str, schema: Schema, config: ModelConfig, source: nn.Module
     return model
 
 
-__all__ = ["DIN", "MODELS", "BaseModel", "ModelConfig", "Schema", "build", "build_twin", "schema_of"]
+__all__ = [
+    "DIN",
+    "LR",
+    "MODELS",
+    "PNN",
+    "BaseModel",
+    "DeepFM",
+    "ModelConfig",
+    "Schema",
+    "WideDeep",
+    "build",
+    "build_twin",
+    "schema_of",
+]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .. import units
 from ..data import Batch
 
+POOLINGS = ("sum", "mean")
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -29,7 +31,9 @@ class ModelConfig:
     unit_hidden     hidden layers of the local activation unit
     mlp_hidden      hidden layers of the MLP on top (the paper's 200-80)
     activation      of both: "dice", "prelu", "sigmoid" or "relu"
-    cross           also feed candidate ∘ pooled to the MLP
+    cross           also feed candidate ∘ pooled to the MLP (BaseModel and DIN)
+    pooling         how models without attention pool the behaviours: "sum" (the paper's) or "mean"
+    wide_buckets    most rows of each cross-product table of Wide & Deep, a power of two
     use_profile     feed the user's fixed features, where the data set has them
     init_std        standard deviation of the embedding tables at the start
     fused           build with the fused modules of ``din_kernels``
@@ -44,7 +48,15 @@ class ModelConfig:
     cross: bool = False
     use_profile: bool = True
     init_std: float = 0.1
+    pooling: str = "sum"
+    wide_buckets: int = 2**18
     fused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.wide_buckets < 2 or self.wide_buckets & (self.wide_buckets - 1):
+            raise ValueError(f"wide_buckets must be a power of two, got {self.wide_buckets}")
 
 
 def make_activation(kind: str, width: int, fused: bool) -> nn.Module:
@@ -141,6 +153,15 @@ def mean_pool(values: Tensor, offsets: Tensor) -> Tensor:
     """Mean of each sample's rows; an empty history gives 0."""
     lengths = (offsets[1:] - offsets[:-1]).clamp(min=1).to(values.dtype)
     return sum_pool(values, offsets) / lengths.unsqueeze(-1)
+
+
+def pool(values: Tensor, offsets: Tensor, pooling: str) -> Tensor:
+    return sum_pool(values, offsets) if pooling == "sum" else mean_pool(values, offsets)
+
+
+def fields_of(profile: Tensor, candidate: Tensor, pooled: Tensor, field_dim: int) -> Tensor:
+    """The same input as fields of equal width: [B, F, field_dim], profile fields first, then item and category of each."""
+    return torch.cat([profile, candidate, pooled], dim=-1).unflatten(-1, (-1, field_dim))
 
 
 def join(profile: Tensor, candidate: Tensor, pooled: Tensor, cross: bool) -> Tensor:

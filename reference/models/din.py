@@ -14,18 +14,18 @@ from .common import (
     Schema,
     join,
     make_unit,
-    mean_pool,
-    sum_pool,
+    pool,
 )
 
 
 class BaseModel(ClickModel):
-    """Embedding & MLP (paper section 4.2): the behaviours are summed (or averaged), whatever the candidate is."""
+    """Embedding & MLP (paper section 4.2): the behaviours are summed (or averaged), whatever the candidate is.
+
+    Parameters: tables field_dim·(items + categories + Σ profile fields), MLP of input width field_dim·(profile fields + 4).
+    """
 
     def __init__(self, schema: Schema, config: ModelConfig, pooling: str = "sum") -> None:
         super().__init__()
-        if pooling not in ("sum", "mean"):
-            raise ValueError(f"pooling must be 'sum' or 'mean', got {pooling!r}")
         self.config, self.pooling = config, pooling
         self.items = ItemEmbedding(schema, config)
         self.profile = ProfileEmbedding(schema, config)
@@ -34,8 +34,7 @@ class BaseModel(ClickModel):
     def forward(self, batch: Batch) -> Tensor:
         candidate = self.items(batch.item, batch.category)
         behaviours = self.items(batch.history_item, batch.history_category)
-        pool = sum_pool if self.pooling == "sum" else mean_pool
-        pooled = pool(behaviours, batch.offsets)
+        pooled = pool(behaviours, batch.offsets, self.pooling)
         return self.mlp(join(self.profile(batch.profile), candidate, pooled, self.config.cross))
 
 
@@ -43,6 +42,9 @@ class DIN(ClickModel):
     """Deep Interest Network (paper section 4.3): pooled = Σ_j a(e_j, v) e_j with the local activation unit a.
 
     Without softmax the intensity of the interests is kept: weights need not sum to 1.
+
+    Parameters: BaseModel's, + the unit's: with D = 2·field_dim and one hidden layer of H, D(D + 2)·H ("outer") or 4D·H
+    ("product") weights, H + 1 biases, H output weights, H for Dice's α (1 for PReLU).
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:

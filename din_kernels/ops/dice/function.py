@@ -1,8 +1,8 @@
 """The operators of Dice, and the autograd Function over them.
 
-Rows x [N, C] throughout. One operator serves the forward pass (two kernels in training, one in evaluation) and one the
-backward pass. Two more, ``moments`` and ``sums``, are their first halves alone: with a process group, what every process
-found is exchanged between the halves.
+Rows x [N, C] throughout. Operators ``forward`` (training) and ``evaluate``, and ``backward`` for both, hand over to
+``torch_impl`` or ``triton_impl``. Two more, ``moments`` and ``sums``, are the first halves of ``forward`` and ``backward``:
+with a process group, what every process found is exchanged between the halves.
 
 Saved for backward: x and ``normaliser`` [3, C], the vectors (mean, 1/√(var + ε), 1/count), where 1/count is 0 when running
 statistics normalised, which no gradient goes through.
@@ -10,6 +10,7 @@ statistics normalised, which no gradient goes through.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,78 +38,62 @@ class Running(NamedTuple):
     eps: float
 
 
-def _moments(x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    return torch_impl.moments(x, mask)
+def _implementation(backend: str) -> ModuleType:
+    if backend == "torch":
+        return torch_impl
+    from . import triton_impl  # imported on first use: it needs Triton
+
+    return triton_impl
 
 
-def _moments_fake(x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+def _three(x: Tensor) -> Tensor:
     return x.new_empty((3, x.shape[1]), dtype=wide_dtype(x.dtype))
 
 
-def _forward(
-    x: Tensor, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, step: Tensor | None,
-    momentum: float, eps: float, training: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch = None
-    if training:
-        batch = torch_impl.moments(x, mask) if gathered is None else torch_impl.merge(gathered)
-    normaliser = torch_impl.statistics(
-        batch, running_mean, running_var, tracked, momentum if step is None else step, eps, wide_dtype(x.dtype)
-    )
-    return torch_impl.apply(x, normaliser, alpha, weight, bias), normaliser
-
-
-def _forward_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((3, x.shape[1]), dtype=wide_dtype(x.dtype))
-
-
-def _sums(
-    grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, backend: str
-) -> Tensor:
-    return torch_impl.backward_sums(grad, x, normaliser, alpha, weight, bias)
-
-
-def _sums_fake(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((3, x.shape[1]), dtype=wide_dtype(x.dtype))
-
-
-def _backward(
-    grad: Tensor, x: Tensor, mask: Tensor | None, normaliser: Tensor, reduced: Tensor | None, alpha: Tensor,
-    weight: Tensor | None, bias: Tensor | None, training: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if reduced is not None:
-        return torch_impl.backward_apply(grad, x, mask, normaliser, reduced, alpha, weight, bias), reduced.clone()
-    sums = torch_impl.backward_sums(grad, x, normaliser, alpha, weight, bias)
-    return torch_impl.backward_apply(grad, x, mask, normaliser, sums, alpha, weight, bias), sums
-
-
-def _backward_fake(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((3, x.shape[1]), dtype=wide_dtype(x.dtype))
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, step_tensor, step, eps, backend = args
+    return _implementation(backend).forward(*tensors, step if step_tensor is None else step_tensor, eps)
 
 
 _EVERYWHERE = "CompositeExplicitAutograd"
+_PARAMETERS = "Tensor alpha, Tensor? weight, Tensor? bias"
 moments_op = define(
-    "dice_moments(Tensor x, Tensor? mask, str backend) -> Tensor", fake=_moments_fake, impls={_EVERYWHERE: _moments}
+    "dice_moments(Tensor x, Tensor? mask, str backend) -> Tensor",
+    fake=lambda x, *_: _three(x),
+    impls={_EVERYWHERE: lambda *args: _implementation(args[-1]).moments(*args[:-1])},
 )
 forward_op = define(
-    "dice_forward(Tensor x, Tensor? mask, Tensor? gathered, Tensor alpha, Tensor? weight, Tensor? bias, "
-    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? tracked, Tensor? step, float momentum, float eps, "
-    "bool training, str backend) -> (Tensor, Tensor)",
-    fake=_forward_fake,
+    f"dice_forward(Tensor x, Tensor? mask, Tensor? gathered, {_PARAMETERS}, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? tracked, Tensor? step_tensor, float step, float eps, str backend) "
+    "-> (Tensor, Tensor)",
+    fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
     impls={_EVERYWHERE: _forward},
 )
+evaluate_op = define(
+    f"dice_evaluate(Tensor x, {_PARAMETERS}, Tensor mean, Tensor var, float eps, str backend) -> (Tensor, Tensor)",
+    fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
+    impls={_EVERYWHERE: lambda *args: _implementation(args[-1]).evaluate(*args[:-1])},
+)
 sums_op = define(
-    "dice_sums(Tensor grad, Tensor x, Tensor normaliser, Tensor alpha, Tensor? weight, Tensor? bias, str backend) -> Tensor",
-    fake=_sums_fake,
-    impls={_EVERYWHERE: _sums},
+    f"dice_sums(Tensor grad, Tensor x, Tensor normaliser, {_PARAMETERS}, str backend) -> Tensor",
+    fake=lambda grad, x, *_: _three(x),
+    impls={_EVERYWHERE: lambda *args: _implementation(args[-1]).sums(*args[:-1])},
 )
 backward_op = define(
-    "dice_backward(Tensor grad, Tensor x, Tensor? mask, Tensor normaliser, Tensor? reduced, Tensor alpha, Tensor? weight, "
-    "Tensor? bias, bool training, str backend) -> (Tensor, Tensor)",
-    fake=_backward_fake,
-    impls={_EVERYWHERE: _backward},
+    f"dice_backward(Tensor grad, Tensor x, Tensor? mask, Tensor normaliser, Tensor? gathered, {_PARAMETERS}, bool training, "
+    "str backend) -> (Tensor, Tensor)",
+    fake=lambda grad, x, *_: (x.new_empty(x.shape), _three(x)),
+    impls={_EVERYWHERE: lambda *args: _implementation(args[-1]).backward(*args[:-1])},
 )
+
+
+def gather(three: Tensor, group: Any) -> Tensor:
+    """[3, C] of every process of ``group`` -> [W, 3, C] by rank: the same bits everywhere, so the same results."""
+    import torch.distributed as dist
+
+    gathered = three.new_empty((dist.get_world_size(group), *three.shape))
+    dist.all_gather_into_tensor(gathered, three, group=group)
+    return gathered
 
 
 class DiceFunction(torch.autograd.Function):
@@ -125,19 +110,17 @@ class DiceFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
         running: Running, training: bool, group: Any, backend: str,
     ) -> Tensor:  # fmt: skip
-        gathered = None
-        if training and group is not None:
-            from .distributed import gather_moments
-
-            gathered = gather_moments(moments_op(x, mask, backend), group)
-        step = None
-        if training and running.momentum is None:
-            assert running.tracked is not None
-            step = 1.0 / (running.tracked + 1).to(wide_dtype(x.dtype))
-        y, normaliser = forward_op(
-            x, mask, gathered, alpha, weight, bias, running.mean, running.var, running.tracked, step,
-            0.0 if running.momentum is None else running.momentum, running.eps, training, backend,
-        )  # fmt: skip
+        if training:
+            gathered = None if group is None else gather(moments_op(x, mask, backend), group)
+            step_tensor = None
+            if running.momentum is None and running.tracked is not None:
+                step_tensor = 1.0 / (running.tracked + 1).to(wide_dtype(x.dtype))
+            y, normaliser = forward_op(
+                x, mask, gathered, alpha, weight, bias, running.mean, running.var, running.tracked, step_tensor,
+                running.momentum or 0.0, running.eps, backend,
+            )  # fmt: skip
+        else:
+            y, normaliser = evaluate_op(x, alpha, weight, bias, running.mean, running.var, running.eps, backend)
         ctx.training, ctx.group, ctx.backend = training, group, backend
         ctx.save_for_backward(x, normaliser, alpha, weight, bias, mask)
         return y
@@ -146,13 +129,11 @@ class DiceFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, normaliser, alpha, weight, bias, mask = ctx.saved_tensors
-        local = reduced = None
+        local = gathered = None
         if ctx.training and ctx.group is not None:
-            from .distributed import reduce_sums
-
             local = sums_op(grad, x, normaliser, alpha, weight, bias, ctx.backend)
-            reduced = reduce_sums(local, ctx.group)
-        dx, sums = backward_op(grad, x, mask, normaliser, reduced, alpha, weight, bias, ctx.training, ctx.backend)
+            gathered = gather(local, ctx.group)
+        dx, sums = backward_op(grad, x, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend)
         # Parameters get the gradient of this process's rows; averaging them over processes is the trainer's business.
         d_bias, d_weight, d_alpha = (sums if local is None else local).unbind(0)
         return (

@@ -63,27 +63,20 @@ def _update(buffer: Tensor, value: Tensor, step: Tensor | float) -> None:
     buffer.add_(((value - buffer.to(value.dtype)) * step).to(buffer.dtype))
 
 
-def statistics(
-    batch: Tensor | None,
+def _normaliser(
+    batch: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     tracked: Tensor | None,
     step: Tensor | float,
     eps: float,
-    wide: torch.dtype,
 ) -> Tensor:
-    """What normalises, [3, C]: mean, 1/√(var + ε), and 1/count where the batch's statistics serve, else 0.
+    """What normalises, [3, C]: mean, 1/√(var + ε), and 1/count where the batch's moments ``batch`` [3, C] serve, else 0.
 
-    batch    moments [3, C] of the rows that count; None in evaluation
-    running_mean, running_var, tracked   used where fewer than two rows count (0 and 1 stand in for None) and left as they
-             are then; otherwise updated in place by ``step``
+    The running statistics serve (0 and 1 stand in for None), and stay as they are, where fewer than two rows count; else
+    they move by ``step``. Decided without asking the device.
     """
-    if batch is None:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, var = running_mean.to(wide), running_var.to(wide)
-        return torch.stack((mean, torch.rsqrt(var + eps), torch.zeros_like(mean)))
-    count, mean, m2 = batch.to(wide).unbind(0)
+    count, mean, m2 = batch.unbind(0)
     enough = count >= 2
     old_mean = mean.new_zeros(()) if running_mean is None else running_mean.to(mean.dtype)
     old_var = mean.new_ones(()) if running_var is None else running_var.to(mean.dtype)
@@ -92,7 +85,7 @@ def statistics(
         (torch.where(enough, mean, old_mean), torch.rsqrt(torch.where(enough, m2 * inverse, old_var) + eps), inverse)
     )
     if running_mean is not None and running_var is not None:
-        step = torch.where(enough, step, 0).to(mean.dtype)
+        step = enough.to(mean.dtype) * step
         _update(running_mean, mean, step)
         _update(running_var, m2 / (count - 1).clamp(min=1), step)
         if tracked is not None:
@@ -100,8 +93,8 @@ def statistics(
     return result
 
 
-def apply(x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y = x·(α + (1 − α)·p) with p = σ(x̂·weight + bias), x̂ = (x − mean)·rstd; normaliser [3, C] from ``statistics``."""
+def _apply(x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y = x·(α + (1 − α)·p) with p = σ(x̂·weight + bias), x̂ = (x − mean)·rstd; normaliser [3, C] from ``_normaliser``."""
     wide = wide_dtype(x.dtype)
     mean, rstd, _ = normaliser.to(wide).unbind(0)
     alpha = alpha.to(wide)
@@ -135,27 +128,27 @@ def _parts(
     return normalised, p, product, dz
 
 
-def backward_sums(
+def sums(
     grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """Sums over all rows [3, C]: Σ dz, Σ dz·x̂, Σ g·x·(1 − p), which are also the gradients of bias, weight and α."""
     wide = wide_dtype(x.dtype)
     normaliser, alpha, weight, bias = _widen(wide, normaliser, alpha, weight, bias)
-    sums = torch.zeros((3, x.shape[1]), dtype=wide, device=x.device)
+    total = torch.zeros((3, x.shape[1]), dtype=wide, device=x.device)
     for rows in _chunks(x):
         normalised, p, product, dz = _parts(grad[rows].to(wide), x[rows].to(wide), normaliser, alpha, weight, bias)
-        sums[0] += dz.sum(0)
-        sums[1] += dz.mul_(normalised).sum(0)
-        sums[2] += p.neg_().add_(1).mul_(product).sum(0)
-    return sums
+        total[0] += dz.sum(0)
+        total[1] += dz.mul_(normalised).sum(0)
+        total[2] += p.neg_().add_(1).mul_(product).sum(0)
+    return total
 
 
-def backward_apply(
+def _gradient(
     grad: Tensor,
     x: Tensor,
     mask: Tensor | None,
     normaliser: Tensor,
-    sums: Tensor,
+    total: Tensor,
     alpha: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -165,7 +158,7 @@ def backward_apply(
     normaliser, alpha, weight, bias = _widen(wide, normaliser, alpha, weight, bias)
     _, rstd, inverse = normaliser.unbind(0)
     scale = rstd if weight is None else rstd * weight
-    first, second = sums[0] * inverse, sums[1] * inverse
+    first, second = total[0] * inverse, total[1] * inverse
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for rows in _chunks(x):
         g = grad[rows].to(wide)
@@ -187,3 +180,40 @@ def _widen(
         None if weight is None else weight.to(wide),
         None if bias is None else bias.to(wide),
     )
+
+
+def forward(
+    x: Tensor, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, step: Tensor | float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Training: (y [N, C], normaliser [3, C]); running statistics are updated in place.
+
+    gathered  moments [W, 3, C] of all processes, to be used instead of those of x; or None
+    step      weight of this batch in the running statistics
+    """
+    batch = moments(x, mask) if gathered is None else merge(gathered)
+    normaliser = _normaliser(batch, running_mean, running_var, tracked, step, eps)
+    return _apply(x, normaliser, alpha, weight, bias), normaliser
+
+
+def evaluate(
+    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
+    wide = wide_dtype(x.dtype)
+    mean, var = mean.to(wide), var.to(wide)
+    normaliser = torch.stack((mean, torch.rsqrt(var + eps), torch.zeros_like(mean)))
+    return _apply(x, normaliser, alpha, weight, bias), normaliser
+
+
+def backward(
+    grad: Tensor, x: Tensor, mask: Tensor | None, normaliser: Tensor, gathered: Tensor | None, alpha: Tensor,
+    weight: Tensor | None, bias: Tensor | None, training: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dx [N, C], sums [3, C] as from ``sums``).
+
+    gathered  sums [W, 3, C] of all processes, to be used instead of those of x; or None
+    training  whether gradients may go through the batch's statistics
+    """
+    total = sums(grad, x, normaliser, alpha, weight, bias) if gathered is None else gathered.sum(0)
+    return _gradient(grad, x, mask, normaliser, total, alpha, weight, bias), total

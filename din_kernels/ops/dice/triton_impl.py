@@ -1,0 +1,240 @@
+"""Launches of the Dice kernels: how rows and channels are cut up, and the same five functions as ``torch_impl``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._launch import on_device
+from . import kernels
+
+
+class Tiling(NamedTuple):
+    """block_r × block_c elements a tile; ``parts`` runs of ``rows_per_part`` rows; ``block_p`` parts read at a time."""
+
+    block_r: int
+    block_c: int
+    block_p: int
+    num_warps: int
+    rows_per_part: int
+    parts: int
+
+
+TILE = 4096  # elements of a tile: 16 a thread, 64 bytes of float32 in flight for each
+NUM_WARPS = 8
+PROGRAMS_PER_PROCESSOR = 2
+COLUMNS_MAX_ROWS = 1024  # up to here one program takes all rows of its channels: half the launches
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def block_of_channels(width: int, itemsize: int) -> int:
+    """Channels of a program: 32 to 128 bytes of a row, as wide as leaves four blocks.
+
+    More blocks mean fewer parts for as many programs, and every program reads all parts of its channels.
+    """
+    widest, narrowest = 128 // itemsize, 32 // itemsize
+    block = widest
+    while block > narrowest and -(-width // block) < 4:
+        block //= 2
+    return min(block, _power_of_two(width))
+
+
+def tiling(rows: int, width: int, itemsize: int, processors: int, *, waves: int = 1) -> Tiling:
+    """How [rows, width] is cut up: about ``PROGRAMS_PER_PROCESSOR``·waves programs on each of ``processors``."""
+    block_c = block_of_channels(width, itemsize)
+    block_r = TILE // block_c
+    blocks = -(-width // block_c)
+    wanted = max(1, PROGRAMS_PER_PROCESSOR * waves * processors // blocks)
+    tiles = max(1, -(-rows // block_r))
+    rows_per_part = -(-tiles // wanted) * block_r
+    parts = max(1, -(-rows // rows_per_part))
+    block_p = max(1, min(_power_of_two(parts), 1024 // block_c))
+    return Tiling(block_r, block_c, block_p, NUM_WARPS, rows_per_part, parts)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: a few programs, so that tests see more than one part
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiling(x: Tensor, *, waves: int = 1) -> Tiling:
+    return tiling(x.shape[0], x.shape[1], x.element_size(), _processors(x.device), waves=waves)
+
+
+def _stride(name: str, x: Tensor) -> dict[str, int]:
+    """Row stride of x in the largest unit up to 16 that divides it (see kernels.py), and the channel stride."""
+    stride, channel = x.stride()
+    unit = 16
+    while stride % unit:
+        unit //= 2
+    return {f"{name}_stride": stride // unit, f"{name}_channel": channel, f"{name.upper()}_UNIT": unit}
+
+
+def _vectors(alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+    """Parameters as the kernels take them; absent ones need some pointer."""
+    return {
+        "alpha": alpha, "alpha_stride": alpha.stride(0),
+        "weight": alpha if weight is None else weight.contiguous(), "bias": alpha if bias is None else bias.contiguous(),
+        "AFFINE": weight is not None,
+    }  # fmt: skip
+
+
+def _grid(x: Tensor, tiles: Tiling) -> tuple[int, int]:
+    return -(-x.shape[1] // tiles.block_c), tiles.parts
+
+
+def _three(x: Tensor, *parts: int) -> Tensor:
+    return torch.empty((*parts, 3, x.shape[1]), dtype=torch.float32, device=x.device)
+
+
+def _moments_parts(x: Tensor, mask: Tensor | None, tiles: Tiling) -> Tensor:
+    parts = _three(x, tiles.parts)
+    kernels.moments_parts[_grid(x, tiles)](
+        x, x if mask is None else mask, parts, x.shape[0], tiles.rows_per_part, **_stride("x", x), C=x.shape[1],
+        BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, HAS_MASK=mask is not None, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return parts
+
+
+def _finish(parts: Tensor, tiles: Tiling, *, moments: bool) -> Tensor:
+    width = parts.shape[2]
+    result = _three(parts[0])
+    kernels.finish_parts[(-(-width // tiles.block_c),)](
+        parts,
+        parts.shape[0],
+        result,
+        C=width,
+        BLOCK_C=tiles.block_c,
+        BLOCK_P=tiles.block_p,
+        MOMENTS=moments,
+        num_warps=4,
+    )
+    return result
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """See ``torch_impl.moments``."""
+    if x.shape[0] == 0:
+        return _three(x).zero_()
+    tiles = _tiling(x)
+    with on_device(x):
+        return _finish(_moments_parts(x, _bytes(mask), tiles), tiles, moments=True)
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def forward(
+    x: Tensor, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, step: Tensor | float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See ``torch_impl.forward``."""
+    rows, width = x.shape
+    y, normaliser = torch.empty((rows, width), dtype=x.dtype, device=x.device), _three(x)
+    tiles = _tiling(x)
+    statistics: dict[str, Any] = {
+        "running_mean": x if running_mean is None else running_mean,
+        "running_var": x if running_var is None else running_var,
+        "tracked": x if tracked is None else tracked,
+        "step": step, "normaliser": normaliser, "eps": eps,
+        "HAS_RUNNING": running_mean is not None, "HAS_TRACKED": tracked is not None,
+        "STEP_POINTER": isinstance(step, Tensor),
+    }  # fmt: skip
+    shape: dict[str, Any] = {
+        **_stride("x", x), "C": width, "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c, "num_warps": tiles.num_warps
+    }  # fmt: skip
+    given = _bytes(mask)
+    with on_device(x):
+        if gathered is None and rows <= COLUMNS_MAX_ROWS:
+            kernels.forward_columns[(_grid(x, tiles)[0],)](
+                x=x, mask=x if given is None else given, y=y, num_rows=rows, HAS_MASK=given is not None,
+                **statistics, **_vectors(alpha, weight, bias), **shape,
+            )  # fmt: skip
+            return y, normaliser
+        parts = _moments_parts(x, given, tiles) if gathered is None else gathered
+        kernels.apply_training[_grid(x, tiles)](
+            x=x, y=y, parts=parts, num_parts=parts.shape[0], num_rows=rows, rows_per_part=tiles.rows_per_part,
+            BLOCK_P=tiles.block_p, **statistics, **_vectors(alpha, weight, bias), **shape,
+        )  # fmt: skip
+    return y, normaliser
+
+
+def evaluate(
+    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See ``torch_impl.evaluate``."""
+    y, normaliser = torch.empty(x.shape, dtype=x.dtype, device=x.device), _three(x)
+    tiles = _tiling(x, waves=4)  # nothing is merged, so programs may be many
+    with on_device(x):
+        kernels.apply_running[_grid(x, tiles)](
+            x=x, y=y, running_mean=mean, running_var=var, normaliser=normaliser, num_rows=x.shape[0],
+            rows_per_part=tiles.rows_per_part, eps=eps, **_vectors(alpha, weight, bias), **_stride("x", x), C=x.shape[1],
+            BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, num_warps=tiles.num_warps,
+        )  # fmt: skip
+    return y, normaliser
+
+
+def _backward_shape(grad: Tensor, x: Tensor, tiles: Tiling) -> dict[str, Any]:
+    return {
+        **_stride("grad", grad), **_stride("x", x), "C": x.shape[1], "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c,
+        "num_warps": tiles.num_warps,
+    }  # fmt: skip
+
+
+def _sum_parts(
+    grad: Tensor, x: Tensor, dx: Tensor | None, normaliser: Tensor, vectors: dict[str, Any], tiles: Tiling
+) -> Tensor:
+    parts = _three(x, tiles.parts)
+    kernels.sum_parts[_grid(x, tiles)](
+        grad=grad, x=x, dx=x if dx is None else dx, parts=parts, normaliser=normaliser, num_rows=x.shape[0],
+        rows_per_part=tiles.rows_per_part, WRITE_DX=dx is not None, **vectors, **_backward_shape(grad, x, tiles),
+    )  # fmt: skip
+    return parts
+
+
+def sums(
+    grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """See ``torch_impl.sums``."""
+    if x.shape[0] == 0:
+        return _three(x).zero_()
+    tiles = _tiling(x)
+    with on_device(x):
+        parts = _sum_parts(grad, x, None, normaliser, _vectors(alpha, weight, bias), tiles)
+        return _finish(parts, tiles, moments=False)
+
+
+def backward(
+    grad: Tensor, x: Tensor, mask: Tensor | None, normaliser: Tensor, gathered: Tensor | None, alpha: Tensor,
+    weight: Tensor | None, bias: Tensor | None, training: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See ``torch_impl.backward``."""
+    rows, width = x.shape
+    dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    vectors, tiles = _vectors(alpha, weight, bias), _tiling(x)
+    with on_device(x):
+        if not training:
+            return dx, _finish(_sum_parts(grad, x, dx, normaliser, vectors, tiles), tiles, moments=False)
+        result = _three(x)
+        given = _bytes(mask)
+        shared: dict[str, Any] = {
+            "grad": grad, "x": x, "mask": x if given is None else given, "dx": dx, "sums": result, "normaliser": normaliser,
+            "num_rows": rows, "HAS_MASK": given is not None, **vectors, **_backward_shape(grad, x, tiles),
+        }  # fmt: skip
+        if gathered is None and rows <= COLUMNS_MAX_ROWS:
+            kernels.backward_columns[(_grid(x, tiles)[0],)](**shared)
+            return dx, result
+        parts = _sum_parts(grad, x, None, normaliser, vectors, tiles) if gathered is None else gathered
+        kernels.apply_gradient[_grid(x, tiles)](
+            parts=parts, num_parts=parts.shape[0], rows_per_part=tiles.rows_per_part, BLOCK_P=tiles.block_p, **shared
+        )
+    return dx, result

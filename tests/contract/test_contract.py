@@ -199,7 +199,8 @@ def test_local_activation_unit(seed, backend, device):
     if training and config["activation"] == "dice":
         for module, state, (mean, var) in zip(unit.activations, before["states"], moments, strict=False):
             np.testing.assert_allclose(n(module.running_mean), 0.9 * state["mean"] + 0.1 * mean, **tolerance)
-            np.testing.assert_allclose(n(module.running_var), 0.9 * state["var"] + 0.1 * var, rtol=1e-3 if dtype == torch.float32 else 1e-9)  # fmt: skip
+            close = 1e-3 if dtype == torch.float32 else 1e-9
+            np.testing.assert_allclose(n(module.running_var), 0.9 * state["var"] + 0.1 * var, rtol=close)
         assert all(int(m.num_batches_tracked) == (1 if moments else 0) for m in unit.activations)
 
     if not batch or config["activation"] in ("relu", "prelu"):
@@ -207,7 +208,8 @@ def test_local_activation_unit(seed, backend, device):
     # Gradients of Σ pooled·g along a random direction of everything, against central differences of the loops.
     g = np.random.default_rng(seed).standard_normal(expected.shape)
     leaves = [query, keys, *unit.parameters()]
-    grads = torch.autograd.grad((pooled.reshape(expected.shape) * torch.from_numpy(g).to(pooled)).sum(), leaves, allow_unused=True)  # fmt: skip
+    loss = (pooled.reshape(expected.shape) * torch.from_numpy(g).to(pooled)).sum()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
     directions = [torch.randn_like(leaf) for leaf in leaves]
     slope = sum(float((d * x).sum()) for d, x in zip(directions, grads, strict=True) if x is not None)
 
@@ -222,7 +224,8 @@ def test_local_activation_unit(seed, backend, device):
             for leaf, d in zip(leaves, directions, strict=True):
                 leaf.add_(d, alpha=step)
             moved = _parameters(unit)
-            moved["states"] = [{**m, **{k: s[k] for k in ("mean", "var") if k in s}} for m, s in zip(moved["states"], before["states"], strict=True)]  # fmt: skip
+            for state, old in zip(moved["states"], before["states"], strict=True):
+                state.update({name: old[name] for name in ("mean", "var") if name in old})  # before their update
             if mask is None:
                 rows = list(torch.split(keys, lengths))
             else:

@@ -57,6 +57,32 @@ def auc(labels: Array, scores: Array) -> float:
     return float(roc_auc_score(labels, scores))
 
 
+def mean_ranks(values: Array, group: Array) -> Array:
+    """Rank of each value [N] among those of its group [N] (0, 1, …; in any order), from 1; ties share their mean rank."""
+    order = np.lexsort((values, group))
+    values, group = values[order], group[order]
+    size = np.bincount(group)
+    first_of_group = np.cumsum(size) - size
+    new_run = np.ones(len(group), dtype=bool)
+    new_run[1:] = (group[1:] != group[:-1]) | (values[1:] != values[:-1])
+    run = np.cumsum(new_run) - 1
+    first = np.flatnonzero(new_run)
+    last = np.append(first[1:], len(group)) - 1
+    rank = np.empty(len(group))
+    rank[order] = (first + last)[run] / 2 + 1 - first_of_group[group]
+    return rank
+
+
+def grouped_spearman(one: Array, other: Array, group: Array) -> Array:
+    """Spearman's rank correlation of two score lists [N] within each group [N]: [G], NaN where either is constant."""
+    a, b = mean_ranks(np.asarray(one), group), mean_ranks(np.asarray(other), group)
+    size = np.maximum(np.bincount(group), 1)
+    a, b = (r - ((size + 1) / 2)[group] for r in (a, b))  # ranks of n values, ties shared, always have mean (n + 1)/2
+    spread = np.sqrt(np.bincount(group, a * a) * np.bincount(group, b * b))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(spread > 0, np.bincount(group, a * b) / spread, np.nan)
+
+
 def user_auc(labels: Array, scores: Array, users: Array) -> UserAUC:
     """GAUC = Σ_i impressions_i · AUC_i / Σ_i impressions_i over the users i who have both classes (paper eq. 10).
 
@@ -67,17 +93,8 @@ def user_auc(labels: Array, scores: Array, users: Array) -> UserAUC:
     if labels.size == 0:
         return UserAUC(float("nan"), 0, 0, 0)
     _, user = np.unique(users, return_inverse=True)
-    order = np.lexsort((scores, user))
-    user, scores, labels = user[order], scores[order], labels[order]
     impressions = np.bincount(user)
-    first_of_user = np.cumsum(impressions) - impressions
-    # Runs of equal score within a user share the mean of their ranks.
-    new_run = np.ones(len(user), dtype=bool)
-    new_run[1:] = (user[1:] != user[:-1]) | (scores[1:] != scores[:-1])
-    run = np.cumsum(new_run) - 1
-    first = np.flatnonzero(new_run)
-    last = np.append(first[1:], len(user)) - 1
-    rank = (first + last)[run] / 2 + 1 - first_of_user[user]
+    rank = mean_ranks(scores, user)
 
     positives = np.bincount(user, weights=labels)
     negatives = impressions - positives

@@ -89,10 +89,8 @@ def sample_counts(data: ClickData) -> tuple[Tensor, Tensor]:
     counts = [np.zeros(data.num_items, dtype=np.int64), np.zeros(data.num_categories, dtype=np.int64)]
     for begin in range(0, len(data.train), _CHUNK):
         part = data.train.take(slice(begin, begin + _CHUNK))
-        lengths = part.history_lengths().astype(np.int64)
-        first = np.cumsum(lengths) - lengths
-        where = np.arange(int(lengths.sum())) + np.repeat(part.start - first, lengths)
-        sample = np.concatenate([np.arange(len(part)), np.repeat(np.arange(len(part)), lengths)])
+        sample, where = part.positions()
+        sample = np.concatenate([np.arange(len(part)), sample])
         item = np.concatenate([part.item, data.log_item[where]]).astype(np.int64)
         for ids, table in ((item, counts[0]), (data.item_category[item].astype(np.int64), counts[1])):
             pairs = np.unique(sample * len(table) + ids)

@@ -9,6 +9,7 @@ from .batches import Batch, eval_batches, gather_batch, make_batch, train_batche
 from .movielens import load_movielens
 from .prepare import next_item_task, ratings_task
 from .schema import ClickData, DataError, Samples
+from .synthetic import SyntheticConfig, generate
 
 DATASETS = {
     "ml-100k": "MovieLens 100k (brought here by itself)",
@@ -16,6 +17,7 @@ DATASETS = {
     "ml-20m": "MovieLens 20M (downloaded from GroupLens, or --data-dir)",
     "amazon-NAME": "NAME.txt + NAME_item2attributes.json in --data-dir, e.g. amazon-Beauty (S3-Rec's form)",
     "amazon-reviews-NAME": "reviews_NAME_5.json[.gz] + meta_NAME.json[.gz] in --data-dir (McAuley 2014)",
+    "synthetic": "generated clicks with planted activation weights, e.g. synthetic:users=20000,items=100000",
     "amazon-electronics-csv": "the DIN authors' rows as CSV in --data-dir",
 }
 
@@ -31,6 +33,8 @@ def load(
     """The data set ``name`` (a key of ``DATASETS``; NAME stands for the file's own). Errors say what to supply."""
     if name in ("ml-100k", "ml-1m", "ml-20m"):
         return load_movielens(name, data_dir, max_history=max_history, history=history, split_seed=split_seed)
+    if name.partition(":")[0] == "synthetic":
+        return generate(SyntheticConfig.parse(name), max_history)[0]
     if not name.startswith("amazon-"):
         raise ValueError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
     if data_dir is None:
@@ -56,8 +60,10 @@ __all__ = [
     "ClickData",
     "DataError",
     "Samples",
+    "SyntheticConfig",
     "eval_batches",
     "gather_batch",
+    "generate",
     "load",
     "load_amazon_reviews",
     "load_amazon_sequences",

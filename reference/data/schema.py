@@ -43,6 +43,13 @@ class Samples:
     def history_lengths(self) -> IntArray:
         return self.stop - self.start
 
+    def positions(self) -> tuple[IntArray, IntArray]:
+        """Of every behaviour, samples back to back: whose it is, and where it lies in the log; both [N] int64."""
+        lengths = self.history_lengths().astype(np.int64)
+        sample = np.repeat(np.arange(len(self)), lengths)
+        first = np.cumsum(lengths) - lengths
+        return sample, np.arange(len(sample)) + (self.start - first)[sample]
+
 
 @dataclass(frozen=True)
 class ClickData:
@@ -110,6 +117,22 @@ class ClickData:
         flag = np.zeros(self.num_users, dtype=bool)
         flag[held] = True
         mask = flag[self.train.user]
+        return dataclasses.replace(
+            self, name=f"{self.name} (validation)", train=self.train.take(~mask), test=self.train.take(mask)
+        )
+
+    def held_out(self, fraction: float = 0.2, seed: int = 0) -> ClickData:
+        """A validation part cut from the train part as the test part was cut from the whole; the test part is left out.
+
+        New users in the test: ``validation_split``. The same users, later: every train user's last moment (the samples
+        with the longest log before them) becomes the ``test`` part; users with a single moment stay in training.
+        """
+        if not np.isin(self.test.user, self.train.user).any():
+            return self.validation_split(fraction, seed)
+        first, last = np.full(self.num_users, np.iinfo(np.int64).max), np.full(self.num_users, -1)
+        np.minimum.at(first, self.train.user, self.train.stop)
+        np.maximum.at(last, self.train.user, self.train.stop)
+        mask = (self.train.stop == last[self.train.user]) & (last > first)[self.train.user]
         return dataclasses.replace(
             self, name=f"{self.name} (validation)", train=self.train.take(~mask), test=self.train.take(mask)
         )

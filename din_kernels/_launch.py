@@ -29,6 +29,8 @@ def repair_interpreter() -> None:
       ``int(array)``, which NumPy 2.4 refuses for anything but zero dimensions; ``array.item()`` means the same.
     * bfloat16 lives in arrays of its bit patterns: ``tl.dot`` multiplied the patterns as integers, and conversion from
       float32 truncated instead of rounding to nearest even.
+    * A comparison of scalars is labelled with the operands' dtype (seen in 3.9): broadcast, it became an integer, which
+      no load takes for a mask.
 
     Without the interpreter, or where Triton's internals look different, nothing is changed.
     """
@@ -38,6 +40,7 @@ def repair_interpreter() -> None:
 
     _repair_loop_bounds(interpreter)
     _repair_bfloat16(interpreter)
+    _repair_comparisons(interpreter)
 
 
 def _repair_loop_bounds(interpreter: Any) -> None:
@@ -86,3 +89,19 @@ def _repair_bfloat16(interpreter: Any) -> None:
 
     interpreter._convert_float = converted
     builder.create_dot = create_dot
+
+
+def _repair_comparisons(interpreter: Any) -> None:
+    import triton.language as tl
+
+    builder = getattr(interpreter, "InterpreterBuilder", None)
+    splat, handle = getattr(builder, "create_splat", None), getattr(interpreter, "TensorHandle", None)
+    if splat is None or handle is None:
+        return
+
+    def create_splat(self: Any, shape: Any, argument: Any) -> Any:
+        if argument.data.dtype == bool and argument.dtype != tl.int1:
+            argument = handle(argument.data, tl.int1)
+        return splat(self, shape, argument)
+
+    builder.create_splat = create_splat

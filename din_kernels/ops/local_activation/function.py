@@ -91,15 +91,36 @@ def _statistics_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return new((), dtype=torch.float64), new(width, dtype=dtype), new(width, dtype=dtype)
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, return_weights, rest = UnitTensors(*args[:10]), args[10], args[11:]
-    outputs = _implementation(rest[-1]).forward(_config(tensors, rest), tensors, return_weights=return_weights)
-    nothing = tensors.keys.new_empty(0)
+def _dice_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    tensors, means, variances, eps, return_weights = UnitTensors(*args[:10]), *args[10:14]
+    config = _config(tensors, args[14:])
+    tensors = tensors._replace(means=[], rstds=[])
+    outputs, found = torch_impl.dice_forward(
+        config, tensors, list(zip(means, variances, strict=True)), eps, return_weights=return_weights
+    )
+    return *_present(outputs, tensors.keys), [tensor for moments in found for tensor in moments]
+
+
+def _dice_forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    depth = len(args[5]) - 1
+    moments = [moment for layer in range(depth) for moment in _statistics_fake(*args[:10], layer)]
+    return *_forward_fake(*args[:10], args[13], *args[14:]), moments
+
+
+def _present(outputs: UnitOutputs, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Operators return tensors only: an empty one stands for what is absent."""
+    nothing = keys.new_empty(0)
     return (
         outputs.pooled,
         nothing if outputs.weights is None else outputs.weights,
         nothing.clone() if outputs.log_normaliser is None else outputs.log_normaliser,
     )
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, return_weights, rest = UnitTensors(*args[:10]), args[10], args[11:]
+    outputs = _implementation(rest[-1]).forward(_config(tensors, rest), tensors, return_weights=return_weights)
+    return _present(outputs, tensors.keys)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,6 +163,13 @@ forward_op = define(
     fake=_forward_fake,
     impls={_EVERYWHERE: _forward},
 )
+# Torch backend, Dice in training: statistics and forward in one, as splitting them would compute every layer again.
+dice_forward_op = define(
+    f"local_activation_dice_forward({_TENSORS}, Tensor[] running_means, Tensor[] running_vars, float[] eps, "
+    f"bool return_weights, {_CONFIG}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    fake=_dice_forward_fake,
+    impls={_EVERYWHERE: _dice_forward},
+)
 backward_op = define(
     "local_activation_backward(Tensor grad_pooled, Tensor? grad_weights, Tensor pooled, Tensor? attention, "
     f"Tensor? log_normaliser, Tensor? inv_count, {_TENSORS}, {_CONFIG}) -> Tensor[]",
@@ -177,26 +205,34 @@ class LocalActivationFunction(torch.autograd.Function):
             call.interaction, call.activation, call.softmax, call.scale, call.candidates, call.padded_length,
             call.precision, call.backend,
         )  # fmt: skip
-        moments: list[Tensor] = []
-        inv_count = None
-        if call.activation == "dice":
-            for layer in range(depth):
-                mean, var = running[2 * layer], running[2 * layer + 1]
-                if call.training:
-                    count, batch_mean, m2 = statistics_op(
-                        query, keys, starts, ends, row_mask, weights, biases, alphas, means, rstds, layer, *config
-                    )
-                    enough = count >= 2  # fewer rows have no variance: the running statistics serve, on the device
-                    mean = torch.where(enough, batch_mean, mean.to(batch_mean.dtype))
-                    var = torch.where(enough, m2 / count.clamp(min=1).to(m2.dtype), var.to(m2.dtype))
-                    inv_count = torch.where(enough, 1 / count.clamp(min=1), torch.zeros_like(count)).to(m2.dtype)
-                    moments += [count, batch_mean, m2]
-                wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        arguments = (query, keys, starts, ends, row_mask, weights, biases, alphas, means, rstds)
+        found: list[torch_impl.Moments] = []
+        outputs: tuple[Tensor, ...] = ()
+
+        def note(moments: torch_impl.Moments) -> None:
+            mean, rstd = moments.statistics(*running_pairs[len(found)], call.eps[len(found)])
+            means.append(mean)
+            rstds.append(rstd)
+            found.append(moments)
+
+        running_pairs = list(zip(running[::2], running[1::2], strict=True))
+        if call.activation == "dice" and not call.training:
+            wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+            for (mean, var), eps in zip(running_pairs, call.eps, strict=True):
                 means.append(mean.to(wide))
-                rstds.append(torch.rsqrt(var.to(wide) + call.eps[layer]))
-        pooled, attention, log_normaliser = forward_op(
-            query, keys, starts, ends, row_mask, weights, biases, alphas, means, rstds, call.return_weights, *config
-        )
+                rstds.append(torch.rsqrt(var.to(wide) + eps))
+        elif call.activation == "dice" and call.backend == "torch":
+            *outputs, flat = dice_forward_op(
+                *arguments, list(running[::2]), list(running[1::2]), list(call.eps), call.return_weights, *config
+            )
+            for layer in range(depth):
+                note(torch_impl.Moments(*flat[3 * layer : 3 * layer + 3]))
+        elif call.activation == "dice":
+            for layer in range(depth):
+                note(torch_impl.Moments(*statistics_op(*arguments, layer, *config)))
+        moments = [tensor for each in found for tensor in each]
+        inv_count = found[-1].inv_count() if found else None
+        pooled, attention, log_normaliser = outputs or forward_op(*arguments, call.return_weights, *config)
         ctx.call, ctx.config, ctx.depth = call, config, depth
         ctx.num_statistics = len(means)
         ctx.has_mask, ctx.has_count = row_mask is not None, inv_count is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ class Recorded:
     inputs: list[Tensor]
     outputs: list[Tensor]
     gates: list[Tensor | None]
+
+
+class DiceParts(NamedTuple):
+    """[n, H] each: dy·(α + (1 − α)·p), dx̂, and x̂ where it is the batch's (None with running statistics)."""
+
+    direct: Tensor
+    grad_normalised: Tensor
+    normalised: Tensor | None
 
 
 class HiddenLayers:
@@ -56,6 +65,16 @@ class HiddenLayers:
             z = self.linear(index, self.activate(index, z)[0])
         return z
 
+    def beyond(self, layer: int, z: Tensor) -> Tensor:
+        """From the pre-activation of hidden layer ``layer`` to the next layer's, or to the scores after the last."""
+        h = self.activate(layer, z)[0]
+        return self.linear(layer, h) if layer + 1 < self.depth else self.output(h)
+
+    def output(self, h: Tensor) -> Tensor:
+        score = torch.mv(h, self.weights[-1][0])
+        bias = self.biases[-1]
+        return score if bias is None else score.add_(bias)
+
     def scores(self, z1: Tensor, record: Recorded | None = None) -> Tensor:
         """s [n] from z1 [n, H1]."""
         z = z1
@@ -67,9 +86,7 @@ class HiddenLayers:
                 record.gates.append(gate)
             if layer + 1 < self.depth:
                 z = self.linear(layer, h)
-        score = torch.mv(h, self.weights[-1][0])
-        bias = self.biases[-1]
-        return score if bias is None else score.add_(bias)
+        return self.output(h)
 
 
 class HiddenGradients:
@@ -98,9 +115,7 @@ class HiddenGradients:
         layers = self.layers
         grad_hidden = grad_scores.unsqueeze(1) * layers.weights[-1]
         if collect:
-            self.weights[-1].addmm_(grad_scores.unsqueeze(0), record.outputs[-1])
-            if self.biases[-1] is not None:
-                self.biases[-1] += grad_scores.sum()
+            self._output_layer(record, grad_scores)
         for layer in reversed(range(stop, layers.depth)):
             last = layer == stop
             grad_z = self._activation(layer, record, grad_hidden, gather_sums=last and not collect, collect=collect)
@@ -109,13 +124,9 @@ class HiddenGradients:
                 grad_z = grad_z.masked_fill(~keep.unsqueeze(1), 0)
             if last:
                 return grad_z
-            weight = layers.weights[layer - 1]
             if collect:
-                self.weights[layer - 1].addmm_(grad_z.t(), record.outputs[layer - 1])
-                bias = self.biases[layer - 1]
-                if bias is not None:
-                    bias += grad_z.sum(0)
-            grad_hidden = grad_z @ weight
+                self._linear_below(layer, record, grad_z)
+            grad_hidden = grad_z @ layers.weights[layer - 1]
         return grad_hidden
 
     def _activation(self, layer: int, record: Recorded, dh: Tensor, *, gather_sums: bool, collect: bool) -> Tensor:
@@ -133,22 +144,83 @@ class HiddenGradients:
             if collect:
                 grad_alpha += (dh * z).masked_fill_(~negative, 0).sum(0)
             return torch.where(negative, dh * alpha, dh)
-        gate = record.gates[layer]
-        assert gate is not None
-        dh_z = dh * z
-        if collect:
-            grad_alpha += dh_z.sum(0).sub_((dh_z * gate).sum(0))
-        direct = torch.addcmul(alpha.expand_as(gate), gate, 1 - alpha).mul_(dh)
-        grad_normalised = dh_z.mul_(1 - alpha).mul_(gate).mul_(1 - gate)
-        if self.inv_count is None:
-            return grad_normalised.mul_(layers.rstds[layer]).add_(direct)
-        normalised = z.sub(layers.means[layer]).mul_(layers.rstds[layer])
+        parts = self.dice_parts(layer, record, dh, collect=collect)
         if gather_sums:
-            first, second = self.sums[layer] or (torch.zeros_like(alpha), torch.zeros_like(alpha))
-            self.sums[layer] = (first + grad_normalised.sum(0), second + (grad_normalised * normalised).sum(0))
-            return grad_normalised
-        sums = self.sums[layer]
-        assert sums is not None
-        inv_count = self.inv_count.to(z.dtype)
-        grad_normalised.sub_(sums[0] * inv_count).sub_(normalised.mul_(sums[1] * inv_count))
-        return grad_normalised.mul_(layers.rstds[layer]).add_(direct)
+            self.gather(layer, parts)
+            return parts.grad_normalised
+        return self.through_statistics(layer, parts)
+
+    def dice_parts(self, layer: int, record: Recorded, dh: Tensor, *, collect: bool) -> DiceParts:
+        """dy taken apart: what reaches z directly, and what reaches it through x̂ (dα is added on the way)."""
+        layers, z, gate = self.layers, record.inputs[layer], record.gates[layer]
+        alpha, grad_alpha = layers.alphas[layer], self.alphas[layer]
+        assert gate is not None
+        assert alpha is not None
+        assert grad_alpha is not None
+        through = dh * z
+        through.addcmul_(through, gate, value=-1)  # dy·z·(1 − p)
+        if collect:
+            grad_alpha += through.sum(0)
+        grad_normalised = through.mul_(gate).mul_(1 - alpha)
+        direct = torch.addcmul(alpha.expand_as(gate), gate, 1 - alpha).mul_(dh)
+        if self.inv_count is None:
+            return DiceParts(direct, grad_normalised, None)
+        return DiceParts(direct, grad_normalised, z.sub(layers.means[layer]).mul_(layers.rstds[layer]))
+
+    def gather(self, layer: int, parts: DiceParts) -> None:
+        """Add a chunk's Σ dx̂ and Σ dx̂·x̂."""
+        grad_normalised, normalised = parts.grad_normalised, parts.normalised
+        assert normalised is not None
+        sums = (grad_normalised.sum(0), (grad_normalised * normalised).sum(0))
+        before = self.sums[layer]
+        self.sums[layer] = sums if before is None else (before[0] + sums[0], before[1] + sums[1])
+
+    def through_statistics(self, layer: int, parts: DiceParts) -> Tensor:
+        """dz from the parts, in their memory."""
+        grad_normalised, normalised = parts.grad_normalised, parts.normalised
+        if normalised is not None:
+            sums = self.sums[layer]
+            assert sums is not None
+            assert self.inv_count is not None
+            inv_count = self.inv_count.to(grad_normalised.dtype)
+            grad_normalised.sub_(sums[0] * inv_count).sub_(normalised.mul_(sums[1] * inv_count))
+        return grad_normalised.mul_(self.layers.rstds[layer]).add_(parts.direct)
+
+    def layer_by_layer(
+        self, records: list[Recorded], grad_scores: list[Tensor], keeps: list[Tensor | None]
+    ) -> list[Tensor]:
+        """All chunks from ds to dz of the first layer at once, for Dice in training: a layer's sums over all chunks are
+        known before any chunk goes below it, so nothing is computed twice. ``records`` are used up."""
+        layers = self.layers
+        for record, ds in zip(records, grad_scores, strict=True):
+            self._output_layer(record, ds)
+        grad_hidden = [ds.unsqueeze(1) * layers.weights[-1] for ds in grad_scores]
+        for layer in reversed(range(layers.depth)):
+            parts = []
+            for record, dh in zip(records, grad_hidden, strict=True):
+                part = self.dice_parts(layer, record, dh, collect=True)
+                self.gather(layer, part)
+                parts.append(part)
+                record.inputs.pop(), record.gates.pop()  # of this layer, no longer needed: let the memory go
+            grad_z = []
+            for part, keep in zip(parts, keeps, strict=True):
+                dz = self.through_statistics(layer, part)
+                # A padding row's dh is 0, but its share of the batch means is not.
+                grad_z.append(dz if keep is None else dz.masked_fill_(~keep.unsqueeze(1), 0))
+            if layer == 0:
+                return grad_z
+            for record, dz in zip(records, grad_z, strict=True):
+                self._linear_below(layer, record, dz)
+            grad_hidden = [dz @ layers.weights[layer - 1] for dz in grad_z]
+        return grad_hidden
+
+    def _output_layer(self, record: Recorded, grad_scores: Tensor) -> None:
+        self.weights[-1].addmm_(grad_scores.unsqueeze(0), record.outputs[-1])
+        if self.biases[-1] is not None:
+            self.biases[-1] += grad_scores.sum()
+
+    def _linear_below(self, layer: int, record: Recorded, grad_z: Tensor) -> None:
+        self.weights[layer - 1].addmm_(grad_z.t(), record.outputs[layer - 1])
+        bias = self.biases[layer - 1]
+        if bias is not None:
+            bias += grad_z.sum(0)

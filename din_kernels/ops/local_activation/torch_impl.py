@@ -13,7 +13,7 @@ numbers per row. Low-precision inputs are widened chunk by chunk and computed in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors, weight
 from .torch_hidden import HiddenGradients, HiddenLayers, Recorded
 from .torch_plan import PackedRows, PieceGroup, RowChunk, pack_rows, piece_groups, row_chunks
 
+# Dice in training needs each layer's statistics over all rows before the next layer, so chunks cannot be finished one by
+# one. Up to this size the pre-activations of all rows are held meanwhile; beyond it every pass recomputes them.
+HELD_BYTES = 64 << 20
 
 # Average list length from which the per-list matrix form serves the product interaction too.
 SHORT_LISTS = 24
@@ -187,36 +190,71 @@ class _Walk:
     def scores(self) -> Tensor:
         """s of every pair [N·C]."""
         layers = HiddenLayers(self.config, self.tensors, self.dtype)
-        pairs = self.packed.count * self.config.candidates
-        # One spare entry per candidate at the end takes what the padding of the pieces writes.
-        scores = torch.empty(pairs + self.config.candidates, dtype=self.dtype, device=self.query.device)
+        scores = self.empty_scores()
         for step in self.steps():
             scores[step.pair] = layers.scores(step.z1)
-        return scores[:pairs]
+        return scores[: scores.numel() - self.config.candidates]
+
+    def empty_scores(self) -> Tensor:
+        """[N·C] and one spare entry per candidate, which takes what the padding of the pieces writes."""
+        pairs = (self.packed.count + 1) * self.config.candidates
+        return torch.empty(pairs, dtype=self.dtype, device=self.query.device)
 
 
-def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of hidden layer ``layer``'s pre-activation over all (behaviour, candidate) pairs.
+def _fits(config: UnitConfig, walk: _Walk) -> bool:
+    """Whether a handful of values per hidden unit and pair may be held for all pairs at once."""
+    numbers = walk.packed.count * config.candidates * sum(config.hidden_units) * 4
+    return numbers * walk.query.element_size() <= HELD_BYTES
 
-    Returns (count [] float64, mean [H], m2 [H]) with m2 = Σ (z − mean)², merged over chunks by Chan's formula:
-    E[z²] − E[z]² would go negative against ε = 1e-8. Layers below use ``tensors.means`` and ``tensors.rstds``.
-    """
-    walk = _Walk(config, tensors)
-    layers = HiddenLayers(config, tensors, walk.dtype)
-    mean = torch.zeros(config.hidden_units[layer], dtype=walk.dtype, device=tensors.keys.device)
-    m2, count = torch.zeros_like(mean), 0
-    for step in walk.steps():
-        z = layers.up_to(layer, step.z1)
-        if step.keep is not None:
-            z = z[step.keep]
+
+class Moments(NamedTuple):
+    """count [] float64, mean [H], m2 [H] = Σ (z − mean)²."""
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def statistics(self, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(mean, rstd) that Dice normalises with in training: the running ones when fewer than two rows were seen."""
+        enough = self.count >= 2
+        mean = torch.where(enough, self.mean, running_mean.to(self.mean.dtype))
+        var = torch.where(enough, self.m2 / self.count.clamp(min=1).to(self.m2.dtype), running_var.to(self.m2.dtype))
+        return mean, torch.rsqrt(var + eps)
+
+    def inv_count(self) -> Tensor:
+        """1/count where the batch's statistics serve, else 0."""
+        inverse = 1 / self.count.clamp(min=1)
+        return torch.where(self.count >= 2, inverse, torch.zeros_like(inverse)).to(self.m2.dtype)
+
+
+def _moments(chunks: Iterable[Tensor], like: Tensor) -> Moments:
+    """Moments over the rows of all chunks, merged by Chan's formula: E[z²] − E[z]² would go negative against ε = 1e-8."""
+    mean, m2, count = like, torch.zeros_like(like), 0
+    for z in chunks:
         rows = z.shape[0]
         var, average = torch.var_mean(z, 0, correction=0)
+        if count == 0:
+            mean, m2, count = average, var * rows, rows
+            continue
         delta = average - mean
         total = count + rows
         mean = mean + delta * (rows / total)
         m2 = m2 + var * rows + delta.square() * (count * rows / total)
         count = total
-    return torch.tensor(float(count), dtype=torch.float64, device=mean.device), mean, m2
+    return Moments(torch.tensor(float(count), dtype=torch.float64, device=mean.device), mean, m2)
+
+
+def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> Moments:
+    """Moments of hidden layer ``layer``'s pre-activation over all (behaviour, candidate) pairs. Layers below use
+    ``tensors.means`` and ``tensors.rstds``."""
+    walk = _Walk(config, tensors)
+    layers = HiddenLayers(config, tensors, walk.dtype)
+    chunks = (real_rows(layers.up_to(layer, step.z1), step.keep) for step in walk.steps())
+    return _moments(chunks, walk.query.new_zeros(config.hidden_units[layer]))
+
+
+def real_rows(z: Tensor, keep: Tensor | None) -> Tensor:
+    return z if keep is None else z[keep]
 
 
 def _normalise(config: UnitConfig, walk: _Walk, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +271,47 @@ def _normalise(config: UnitConfig, walk: _Walk, scores: Tensor) -> tuple[Tensor,
 
 def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
     walk = _Walk(config, tensors)
-    a, log_normaliser = walk.scores(), None
+    return _outputs(walk, walk.scores(), return_weights)
+
+
+def dice_forward(
+    config: UnitConfig,
+    tensors: UnitTensors,
+    running: list[tuple[Tensor, Tensor]],
+    eps: list[float],
+    *,
+    return_weights: bool,
+) -> tuple[UnitOutputs, list[Moments]]:
+    """Forward in training with Dice: statistics and outputs together, layer by layer over all rows, which are computed once
+    where ``_fits``. ``tensors.means`` and ``tensors.rstds`` are filled on the way."""
+    walk = _Walk(config, tensors)
+    found: list[Moments] = []
+
+    def note(moments: Moments) -> None:
+        mean, rstd = moments.statistics(*running[len(found)], eps[len(found)])
+        tensors.means.append(mean)
+        tensors.rstds.append(rstd)
+        found.append(moments)
+
+    if not _fits(config, walk):
+        for layer in range(len(config.hidden_units)):
+            note(statistics(config, tensors, layer))
+        return _outputs(walk, walk.scores(), return_weights), found
+    steps = list(walk.steps())
+    held = [step.z1 for step in steps]
+    for layer, width in enumerate(config.hidden_units):
+        chunks = (real_rows(z, step.keep) for z, step in zip(held, steps, strict=True))
+        note(_moments(chunks, walk.query.new_zeros(width)))
+        layers = HiddenLayers(config, tensors, walk.dtype)
+        held = [layers.beyond(layer, z) for z in held]
+    scores = walk.empty_scores()
+    for step, s in zip(steps, held, strict=True):
+        scores[step.pair] = s
+    return _outputs(walk, scores[: scores.numel() - config.candidates], return_weights), found
+
+
+def _outputs(walk: _Walk, a: Tensor, return_weights: bool) -> UnitOutputs:
+    config, tensors, log_normaliser = walk.config, walk.tensors, None
     if config.softmax:
         a, log_normaliser = _normalise(config, walk, a)
         if log_normaliser.dtype != torch.float64:
@@ -360,8 +438,23 @@ def backward(
             a, da = a.masked_fill(~step.keep, 0), da.masked_fill(~step.keep, 0)
         return a, da
 
-    # Dice in training: the two sums of a layer must be known before its dz; from the top layer down.
-    if inv_count is not None:
+    def one_pass() -> None:
+        for step in walk.steps(first):
+            record = Recorded([], [], [])
+            a, ds = grad_scores(step, layers.scores(step.z1, record))
+            assert step.finish is not None
+            step.finish(hidden.chunk(record, ds, step.keep), a)
+
+    if inv_count is not None and _fits(config, walk):
+        steps = list(walk.steps(first))
+        records = [Recorded([], [], []) for _ in steps]
+        pairs = [grad_scores(step, layers.scores(step.z1, record)) for step, record in zip(steps, records, strict=True)]
+        grads = hidden.layer_by_layer(records, [ds for _, ds in pairs], [step.keep for step in steps])
+        for step, (a, _), dz in zip(steps, pairs, grads, strict=True):
+            assert step.finish is not None
+            step.finish(dz, a)
+    elif inv_count is not None:
+        # The two sums of a layer must be known before its dz: a pass for each, from the top layer down.
         for layer in reversed(range(layers.depth)):
             for step in walk.steps():
                 record = Recorded([], [], [])
@@ -370,12 +463,9 @@ def backward(
             if hidden.sums[layer] is None:
                 zero = torch.zeros_like(layers.means[layer])
                 hidden.sums[layer] = (zero, zero)
-
-    for step in walk.steps(first):
-        record = Recorded([], [], [])
-        a, ds = grad_scores(step, layers.scores(step.z1, record))
-        assert step.finish is not None
-        step.finish(hidden.chunk(record, ds, step.keep), a)
+        one_pass()
+    else:
+        one_pass()
 
     gradients = FirstLayerGradients(first.offset, first.shared, first.product, first.query, first.matrix)
     grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from .data import DATASETS
 from .models import MODELS, ModelConfig
 from .models.common import POOLINGS
+from .presets import PRESETS
 from .units import ACTIVATIONS, INTERACTIONS
 
 REGULARIZERS = ("none", "l2", "mba", "dropout", "filter", "difacto")
@@ -127,6 +129,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--demo", action="store_true", help="the settings of `make demo` (other options still apply)")
+    p.add_argument(
+        "--preset", choices=PRESETS, help="a training recipe (other options still apply): " + ", ".join(PRESETS)
+    )
     data = p.add_argument_group("data")
     data.add_argument("--data", metavar="NAME", help="; ".join(f"{k}: {v}" for k, v in DATASETS.items()))
     data.add_argument("--data-dir", metavar="FOLDER", help="where the files lie; default: cache, then download")
@@ -182,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action=argparse.BooleanOptionalAction, help="go on from the checkpoints in --out")
     train.add_argument("--until-epoch", type=int, metavar="E", help="stop after E epochs; --resume goes on later")
     for action in p._actions:
-        if action.dest not in ("help", "demo"):
+        if action.dest not in ("help", "demo", "preset"):
             action.default = getattr(default, action.dest)
     return p
 
@@ -190,12 +195,12 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None, demo: Options) -> Options:
     """Options from the command line; with ``--demo`` the defaults are those of ``demo``."""
     p = parser()
-    if "--demo" in (arguments if arguments is not None else _argv()):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--demo" in arguments:
         p.set_defaults(**{f.name: getattr(demo, f.name) for f in fields(Options)})
-    given = vars(p.parse_args(arguments))
+    given = parse_with_preset(p, arguments)
     given.pop("demo")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    options = Options(**values)
+    options = from_arguments(given)
     try:
         check(options)
     except ValueError as error:
@@ -203,10 +208,19 @@ def parse(arguments: list[str] | None, demo: Options) -> Options:
     return options
 
 
-def _argv() -> list[str]:
-    import sys
+def parse_with_preset(p: argparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """What ``p`` reads, with the defaults of ``--preset`` where one is named."""
+    preset = vars(p.parse_args(arguments)).get("preset")
+    if preset is not None:
+        p.set_defaults(**PRESETS[preset])
+    given = vars(p.parse_args(arguments))
+    given.pop("preset")
+    return given
 
-    return sys.argv[1:]
+
+def from_arguments(given: dict[str, Any]) -> Options:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return Options(**values)
 
 
 def output_folder(options: Options) -> Path:

@@ -19,7 +19,7 @@ import torch
 from .data import ClickData, load
 from .files import write_json
 from .models import build, schema_of
-from .options import Options, check, parser
+from .options import Options, check, from_arguments, parse_with_preset, parser
 from .training_loop import train
 
 GRID: dict[str, list[Any]] = {"lr": [0.003, 0.01], "reg_lambda": [0.0, 0.003, 0.01, 0.03]}
@@ -83,11 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
     p.set_defaults(regularizer="l2", out="runs/search")
     p.add_argument("--grid", type=json.loads, default=GRID, help="JSON: option name -> list of values")
     p.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    given = vars(p.parse_args(arguments))
+    given = parse_with_preset(p, sys.argv[1:] if arguments is None else arguments)
     given.pop("demo")
     grid, seeds = given.pop("grid"), given.pop("seeds")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    options = Options(**values)
+    options = from_arguments(given)
     unknown = set(grid) - {f.name for f in dataclasses.fields(Options)}
     if unknown:
         p.error(f"--grid names options that do not exist: {', '.join(sorted(unknown))}")

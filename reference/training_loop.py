@@ -9,6 +9,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .checkpoint import Progress
 from .data import ClickData, Samples, eval_batches, train_batches
 from .data.batches import batch_bounds
 from .metrics import Scores, evaluate_scores
+from .models import DIN
 from .options import Options
 
 
@@ -112,6 +114,19 @@ def predict(
     return torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)
 
 
+@torch.no_grad()
+def behaviour_weights(model: DIN, data: ClickData, samples: Samples, options: Options) -> np.ndarray:
+    """The weight DIN gives each behaviour of ``samples``, back to back [N] float32, in evaluation mode."""
+    training = model.training
+    model.eval()
+    parts = [
+        model.activation_weights(batch.to(torch.device(options.device))).float().cpu()
+        for batch in eval_batches(data, samples, options.eval_batch_size)
+    ]
+    model.train(training)
+    return torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)
+
+
 def evaluate(
     model: nn.Module, data: ClickData, options: Options, regularizer: regularizers.Regularizer | None = None
 ) -> Scores:
@@ -140,8 +155,11 @@ def train(
     variant: str = "unfused",
     checkpoint_path: Path | None = None,
     quiet: bool = False,
+    after_epoch: Callable[[int, nn.Module], None] | None = None,
 ) -> RunResult:
     """Train ``model`` in place on ``data.train`` and score it on ``data.test`` after every epoch.
+
+    ``after_epoch(epoch, model)`` is called then, with epochs counted from 1; it must leave the model as it is.
 
     The order of samples depends on (seed, epoch) alone, so fused and unfused runs see the same batches and a resumed
     run goes on exactly where it stopped.
@@ -208,6 +226,8 @@ def train(
             scores = evaluate(model, data, options, regularizer)
             progress.epochs.append(scores.as_dict())
             progress.epoch = epoch + 1
+            if after_epoch is not None:
+                after_epoch(epoch + 1, model)
             progress.step_seconds = statistics.median(times)
             if checkpoint_path is not None:
                 checkpoint.save(checkpoint_path, model, optimizer, progress, depends_on)

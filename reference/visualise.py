@@ -22,7 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 INK, GRID = "#222222", "#DDDDDD"
 
 
-def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+def make_figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +32,7 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tu
     return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", **options)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     with replacing(path) as temporary:
@@ -53,7 +53,7 @@ def loss_curves(results: list[RunResult], path: Path, title: str = "") -> None:
     colour = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(models)}
     unfused = {r.model_name: r for r in results if r.variant == "unfused"}
     pairs = [(r, unfused[r.model_name]) for r in results if r.variant == "fused" and r.model_name in unfused]
-    figure, axes = _figure(5.0 * (3 if pairs else 2), 4.2, 3 if pairs else 2)
+    figure, axes = make_figure(5.0 * (3 if pairs else 2), 4.2, 3 if pairs else 2)
     for result in results:
         fused = result.variant == "fused" and result.model_name in unfused
         style = {
@@ -92,7 +92,7 @@ def loss_curves(results: list[RunResult], path: Path, title: str = "") -> None:
         axis.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def pick_user(data: ClickData, behaviours: int) -> Samples | None:
@@ -123,6 +123,8 @@ def activation_weights(
     start = max(int(own.start[last]), stop - behaviours)
     unseen = np.setdiff1d(own.item, data.log_item[start:stop])  # a behaviour met again as candidate says little
     shown = _spread_over_categories(data, unseen if len(unseen) else own.item, candidates)
+    if len(shown) < candidates:  # next-item tasks test one item a user: fill up with popular ones
+        shown = np.concatenate([shown, _popular(data, data.log_item[start:stop], shown, candidates - len(shown))])
     samples = Samples(
         np.full(len(shown), own.user[last]),
         shown,
@@ -157,6 +159,18 @@ def _spread_over_categories(data: ClickData, items: np.ndarray, count: int) -> n
     return items[np.lexsort((category, turn))][:count]
 
 
+def _popular(data: ClickData, history: np.ndarray, without: np.ndarray, count: int) -> np.ndarray:
+    """The most frequent items of as many categories, half of them met in ``history`` (the latest first), half not."""
+    seen = np.bincount(data.train.item, minlength=data.num_items)
+    seen[history] = seen[without] = seen[0] = 0
+    by_category = np.bincount(data.item_category, weights=seen, minlength=data.num_categories)
+    related = list(dict.fromkeys(data.item_category[history[::-1]].tolist()))
+    others = [kind for kind in np.argsort(-by_category).tolist() if kind not in related]
+    kinds = [*related[: count - count // 2], *others][:count]
+    best = [int(np.argmax(np.where(data.item_category == kind, seen, -1))) for kind in kinds]
+    return np.array([item for item in best if seen[item] > 0], dtype=without.dtype)
+
+
 def _name(data: ClickData, item: int, width: int) -> str:
     name = data.item_names[item] if data.item_names else f"item {item}"
     name = name if len(name) <= width else name[: width - 1].rstrip() + "…"
@@ -174,7 +188,7 @@ def _draw_weights(
         weights, centre, label = weights * len(columns), 1.0, f"weight relative to uniform (1/{len(columns)})"
     signed = bool((weights < centre).any())
     limit = float(np.abs(weights - centre).max()) or 1.0
-    figure, axis = _figure(4.5 + 0.48 * len(columns), 3.2 + 0.42 * len(rows))
+    figure, axis = make_figure(4.5 + 0.48 * len(columns), 3.2 + 0.42 * len(rows))
     image = axis.imshow(
         weights,
         cmap="RdBu_r" if signed else "Reds",
@@ -200,4 +214,4 @@ def _draw_weights(
     axis.set_ylabel("candidates, by predicted probability")
     axis.set_title(f"Activation weights of one user's behaviours, {data.name}")
     figure.colorbar(image, ax=axis, label=label, shrink=0.85, pad=0.01)
-    _save(figure, path)
+    save_figure(figure, path)

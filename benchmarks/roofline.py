@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -46,29 +47,17 @@ class Machine:
 
 
 def _gpu(
-    name: str, bandwidth: float, bf16: float, tf32: float, fp32: float, sms: int, clock: float, l2: float, source: str
-):  # type: ignore[no-untyped-def]  # noqa: E501
-    return Machine(name, bandwidth, bf16, tf32, fp32, sms * 16 * clock, sms * 4 * clock, l2, source)
+    name: str, bandwidth: float, bf16: float, tf32: float, fp32: float, multiprocessors: int, clock: float, cache: float,
+    source: str,
+) -> Machine:  # fmt: skip
+    special, issue = 16 * multiprocessors * clock, 4 * multiprocessors * clock
+    return Machine(name, bandwidth, bf16, tf32, fp32, special, issue, cache, source)
 
 
-MACHINES = {
-    m.name: m
-    for m in (
-        _gpu("A100-80GB", 2.039e12, 312e12, 156e12, 19.5e12, 108, 1.41e9, 40e6, "data sheet"),
-        _gpu("H100-SXM", 3.35e12, 989e12, 494e12, 67e12, 132, 1.98e9, 50e6, "data sheet"),
-        _gpu(
-            "H200",
-            4.3e12,
-            788e12,
-            394e12,
-            67e12,
-            132,
-            1.98e9,
-            50e6,
-            "bandwidth (copy) and bf16 measured, tf32 half of it, rest data sheet",
-        ),  # noqa: E501
-    )
-}
+_A100 = _gpu("A100-80GB", 2.039e12, 312e12, 156e12, 19.5e12, 108, 1.41e9, 40e6, "data sheet")
+_H100 = _gpu("H100-SXM", 3.35e12, 989e12, 494e12, 67e12, 132, 1.98e9, 50e6, "data sheet")
+_H200 = _gpu("H200", 4.8e12, 989e12, 494e12, 67e12, 132, 1.98e9, 50e6, "data sheet")
+MACHINES = {m.name: m for m in (_A100, _H100, _H200)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +166,7 @@ def sparse_floor(
 # ---- this machine ----------------------------------------------------------------------------------------------
 
 
-def _best(function, seconds: float = 0.6) -> float:  # type: ignore[no-untyped-def]
+def _best(function: Callable[[], object], seconds: float = 0.6) -> float:
     function()
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -189,7 +178,7 @@ def _best(function, seconds: float = 0.6) -> float:  # type: ignore[no-untyped-d
 
 def measure_cpu() -> Machine:
     """Copy bandwidth, GEMM peak and sigmoid rate of this CPU with torch's current number of threads (about 3 seconds)."""
-    source = torch.randn(1 << 25)  # 128 MiB: beyond any cache here
+    source = torch.randn(1 << 25)  # 128 MiB: beyond the last-level cache of most processors
     target = torch.empty_like(source)
     bandwidth = 2 * source.numel() * 4 / _best(lambda: target.copy_(source))
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -210,7 +199,7 @@ def measure_gpu(device: torch.device | str = "cuda") -> Machine:
     """This GPU by name, with copy bandwidth and GEMM peaks measured and the rest from its properties."""
     properties = torch.cuda.get_device_properties(device)
 
-    def seconds(function, repeat: int = 20) -> float:  # type: ignore[no-untyped-def]
+    def seconds(function: Callable[[], object], repeat: int = 20) -> float:
         function()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -220,67 +209,68 @@ def measure_gpu(device: torch.device | str = "cuda") -> Machine:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / repeat
 
-    source = torch.empty(1 << 28, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))
-    del source, target
-    peaks = {}
-    before = torch.backends.cuda.matmul.allow_tf32
-    for name, dtype, tf32 in (
-        ("bf16", torch.bfloat16, False),
-        ("tf32", torch.float32, True),
-        ("fp32", torch.float32, False),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    def copy() -> float:
+        source = torch.empty(1 << 28, device=device)
+        target = torch.empty_like(source)
+        return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))
+
+    def gemm(dtype: torch.dtype, precision: str = "highest") -> float:
+        torch.set_float32_matmul_precision(precision)
         a = torch.randn(8192, 8192, device=device, dtype=dtype)
-        peaks[name] = 2 * 8192**3 / seconds(lambda a=a: a @ a, 5)
-    torch.backends.cuda.matmul.allow_tf32 = before
+        return 2 * 8192**3 / seconds(lambda: a @ a, 5)
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        bf16, tf32, fp32 = gemm(torch.bfloat16), gemm(torch.float32, "high"), gemm(torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
     clock = getattr(properties, "clock_rate", 0) * 1e3 or 1.98e9
-    sms = properties.multi_processor_count
-    l2 = float(getattr(properties, "L2_cache_size", 50e6))
-    return Machine(
-        properties.name, bandwidth, peaks["bf16"], peaks["tf32"], peaks["fp32"], sms * 16 * clock, sms * 4 * clock, l2,
+    return _gpu(
+        properties.name, copy(), bf16, tf32, fp32, properties.multi_processor_count, clock,
+        float(getattr(properties, "L2_cache_size", 50e6)),
         "copy and GEMM measured in this run; special functions and issue from multiprocessors × clock",
     )  # fmt: skip
 
 
-def table(machines: list[Machine]) -> str:
+def _problems(machine: Machine) -> Iterator[tuple[str, Floor, torch.dtype]]:
+    """Every workload as (name, floor, dtype)."""
+    for w in ACTIVATION.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            forward, backward = activation_floor(w, dtype), activation_floor(w, dtype, backward=True)
+            yield f"{w.name} forward", forward, dtype
+            yield f"{w.name} forward+backward", forward + backward, dtype
+    for d in DICE.values():
+        cached = d.rows * d.channels * 4 <= machine.cache / 2
+        forward = dice_floor(d, torch.float32, cached=cached)
+        backward = dice_floor(d, torch.float32, backward=True, cached=cached)
+        yield f"Dice {d.name} forward+backward", forward + backward, torch.float32
+    for s in SPARSE.values():
+        yield f"sparse update {s.name}", sparse_floor(s), torch.float32
+
+
+def table(machine: Machine) -> str:
     """Floors of every workload in microseconds, the binding limit marked."""
-    lines = []
-    for machine in machines:
-        lines.append(f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s, bf16 {machine.bf16 / 1e12:.2f} TFLOP/s, "
-                     f"tf32 {machine.tf32 / 1e12:.2f}, fp32 {machine.fp32 / 1e12:.2f} ({machine.source})")  # fmt: skip
-        problems: list[tuple[str, Floor, torch.dtype]] = []
-        for w in ACTIVATION.values():
-            for dtype in (torch.float32, torch.bfloat16):
-                forward, backward = activation_floor(w, dtype), activation_floor(w, dtype, backward=True)
-                problems += [
-                    (f"{w.name} forward", forward, dtype),
-                    (f"{w.name} forward+backward", forward + backward, dtype),
-                ]
-        for d in DICE.values():
-            cached = d.rows * d.channels * 4 <= machine.cache / 2
-            both = dice_floor(d, torch.float32, cached=cached) + dice_floor(
-                d, torch.float32, backward=True, cached=cached
-            )
-            problems.append((f"Dice {d.name} forward+backward", both, torch.float32))
-        problems += [(f"sparse update {s.name}", sparse_floor(s), torch.float32) for s in SPARSE.values()]
-        for name, floor, dtype in problems:
-            times = floor.times(machine, dtype, tf32=True)
-            binding, _ = floor.binding(machine, dtype, tf32=True)
-            cells = "  ".join(f"{k} {v * 1e6:9.1f}{'*' if k == binding else ' '}" for k, v in times.items())
-            lines.append(f"  {name:<36} {str(dtype).removeprefix('torch.'):<9} {floor.bytes / 1e6:9.1f} MB "
-                         f"{floor.flops / 1e9:8.2f} GFLOP   us: {cells}")  # fmt: skip
-        lines.append("")
-    return "\n".join(lines)
+    tera = {name: getattr(machine, name) / 1e12 for name in ("bandwidth", "bf16", "tf32", "fp32")}
+    lines = [
+        f"{machine.name}: {tera['bandwidth']:.2f} TB/s, bf16 {tera['bf16']:.2f} TFLOP/s, "
+        f"tf32 {tera['tf32']:.2f}, fp32 {tera['fp32']:.2f} ({machine.source})"
+    ]
+    for name, floor, dtype in _problems(machine):
+        times = floor.times(machine, dtype, tf32=True)
+        binding, _ = floor.binding(machine, dtype, tf32=True)
+        cells = "  ".join(f"{k} {v * 1e6:9.1f}{'*' if k == binding else ' '}" for k, v in times.items())
+        amount = f"{floor.bytes / 1e6:9.1f} MB {floor.flops / 1e9:8.2f} GFLOP"
+        lines.append(f"  {name:<36} {str(dtype).removeprefix('torch.'):<9} {amount}   us: {cells}")
+    return "\n".join([*lines, ""])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--machine", nargs="+", choices=[*MACHINES, "here"], default=list(MACHINES))
     args = parser.parse_args(argv)
-    here = (measure_gpu if torch.cuda.is_available() else measure_cpu) if "here" in args.machine else None
-    print(table([here() if name == "here" and here else MACHINES[name] for name in args.machine]))
+    measure = measure_gpu if torch.cuda.is_available() else measure_cpu
+    for name in args.machine:
+        print(table(measure() if name == "here" else MACHINES[name]))
     return 0
 
 

@@ -137,6 +137,42 @@ SPARSE = {
 }
 
 
+DICE_CPU = {w.name: w for w in (DiceWorkload("cpu-8192x256", 8192, 256), DiceWorkload("cpu-4096x200", 4096, 200))}
+SPARSE_CPU = {w.name: w for w in (SparseWorkload("cpu-51200-of-2e5x64", 51_200, 200_000, 64),)}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepWorkload:
+    """A training step of DIN: tables, lists and network of one data set; behaviours have an item and a category."""
+
+    name: str
+    batch: int
+    lengths: Lengths
+    items: int
+    categories: int
+    field_dim: int
+    unit_hidden: tuple[int, ...]
+    interaction: str
+    activation: str = "dice"
+    mlp_hidden: tuple[int, ...] = (200, 80)
+
+
+STEP = {
+    w.name: w
+    for w in (
+        StepWorkload("amazon-product", 4096, _TO_100, 63_001, 801, 64, (80, 40), "product", "sigmoid"),
+        StepWorkload("amazon-outer", 4096, _TO_100, 63_001, 801, 18, (36,), "outer"),
+    )
+}
+STEP_CPU = {
+    w.name: w
+    for w in (
+        StepWorkload("cpu-amazon-product", 256, _TO_100, 63_001, 801, 32, (80, 40), "product", "sigmoid"),
+        StepWorkload("cpu-amazon-outer", 256, _TO_100, 63_001, 801, 18, (36,), "outer"),
+    )
+}
+
+
 @dataclasses.dataclass
 class ActivationInputs:
     """One concrete problem in both layouts; ``padded`` holds the same rows as ``keys``, padding zero."""

@@ -35,7 +35,7 @@ def learning_curves(value: dict[str, Any], path: Path) -> None:
         epochs = np.arange(1, gauc.shape[1] + 1)
         axes[0].plot((np.arange(len(loss)) + 0.5) * len(epochs) / len(loss), loss, label=row["label"], **style)
         axes[1].plot(epochs, gauc.mean(0), marker=MARKERS[place % len(MARKERS)], ms=5, label=row["label"], **style)
-        axes[1].fill_between(epochs, gauc.min(0), gauc.max(0), color=style["color"], alpha=0.15, lw=0)
+        axes[1].fill_between(epochs, gauc.min(0), gauc.max(0), color=style["color"], alpha=0.1, lw=0)
     axes[0].set(xlabel="epoch", ylabel="negative log-likelihood", title="Training loss")
     axes[1].set(xlabel="epoch", ylabel="GAUC", title="Test GAUC after each epoch, mean and range over seeds")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
@@ -74,7 +74,7 @@ def embedding_map(
     seen = np.bincount(data.train.item, minlength=data.num_items) + np.bincount(data.log_item, minlength=data.num_items)
     by_category = np.bincount(data.item_category, weights=seen, minlength=data.num_categories)
     by_category[0] = 0
-    shown = np.argsort(-by_category)[:categories]
+    shown = np.argsort(-by_category)[: min(categories, int((by_category > 0).sum()))]
     parts = []
     for kind in shown:
         members = np.flatnonzero((data.item_category == kind) & (seen > 0))

@@ -35,6 +35,9 @@ def _check(
         ("weight", weight), ("bias", bias), ("running_mean", running.mean), ("running_var", running.var)
     ):  # fmt: skip
         _check_vector(name, value, width, x)
+    for name, value in (("running_mean", running.mean), ("running_var", running.var)):
+        if value is not None and not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {value.stride()}: it is updated in place")
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias must be given together, or neither")
     if (running.mean is None) != (running.var is None):

@@ -34,6 +34,12 @@ def _part(part, rows_per_part, num_rows):
 
 
 @triton.jit
+def _limit(part, C: tl.constexpr):
+    """C for part 0 and 0 for others: what all parts know, one stores."""
+    return (part == 0).to(tl.int32) * C
+
+
+@triton.jit
 def _offsets(stride, channel_stride, cols, BLOCK_R: tl.constexpr):
     """Offsets [BLOCK_R, BLOCK_C] of a tile's elements from its first row, int64: strides may be anything."""
     rows = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -134,9 +140,9 @@ def _add_parts(parts, num_parts, cols, C: tl.constexpr, BLOCK_C: tl.constexpr, B
 
 
 @triton.jit
-def _store_three(pointer, cols, first, second, third, keep, C: tl.constexpr):
-    """Rows of [3, C] at ``pointer``."""
-    mask = (cols < C) & keep
+def _store_three(pointer, cols, first, second, third, limit, C: tl.constexpr):
+    """Rows of [3, C] at ``pointer``, columns below ``limit``."""
+    mask = cols < limit
     tl.store(pointer + cols, first, mask=mask)
     tl.store(pointer + C + cols, second, mask=mask)
     tl.store(pointer + 2 * C + cols, third, mask=mask)
@@ -151,14 +157,14 @@ def _move(buffer, cols, value, step, keep):
 
 @triton.jit
 def _normaliser(
-    count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, first_part,
+    count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, limit,
     C: tl.constexpr, HAS_RUNNING: tl.constexpr, HAS_TRACKED: tl.constexpr, STEP_POINTER: tl.constexpr,
 ):  # fmt: skip
-    """What normalises: mean and 1/√(var + ε) [BLOCK_C]. Programs of the ``first_part`` keep it and update the running
-    statistics.
+    """What normalises: mean and 1/√(var + ε) [BLOCK_C]. It is kept, and the running statistics are updated, for columns
+    below ``limit``: C for the programs of one part, 0 for all others.
 
     Fewer than two rows have no variance: then the running statistics serve, and nobody writes them; else nobody
-    but the first part reads them. So no program ever reads what another one writes.
+    but that one part reads them. So no program ever reads what another one writes.
     """
     inside = cols < C
     enough = (count >= 2) & inside
@@ -172,17 +178,16 @@ def _normaliser(
         old_var = tl.load(running_var + cols, mask=serve, other=0.0).to(tl.float32)
         used_var = tl.where(serve, old_var, used_var)
     rstd = 1.0 / tl.sqrt_rn(used_var + eps)
-    _store_three(normaliser, cols, used_mean, rstd, inverse, first_part, C)
+    _store_three(normaliser, cols, used_mean, rstd, inverse, limit, C)
     if HAS_RUNNING:
         if STEP_POINTER:
             step = tl.load(step)
-        keep = enough & first_part
+        keep = enough & (cols < limit)
         _move(running_mean, cols, mean, step, keep)
         _move(running_var, cols, m2 / tl.maximum(count - 1.0, 1.0), step, keep)
         if HAS_TRACKED:
-            one = tl.max(tl.where(enough, 1, 0), 0)
-            if first_part & (tl.program_id(0) == 0):
-                tl.store(tracked, tl.load(tracked) + one)
+            if tl.program_id(0) == 0:
+                tl.store(tracked + cols, tl.load(tracked + cols, mask=keep & (cols == 0)) + 1, mask=keep & (cols == 0))
     return used_mean, rstd
 
 
@@ -196,8 +201,8 @@ def _folded(rstd, weight, bias, cols, C: tl.constexpr, AFFINE: tl.constexpr):
     offset = tl.zeros_like(rstd)
     if AFFINE:
         scale = rstd * _vector(weight, cols, C)
-        offset = -LOG2E * _vector(bias, cols, C)
-    return scale, -LOG2E * scale, offset
+        offset = _vector(bias, cols, C) * (-LOG2E)
+    return scale, scale * (-LOG2E), offset
 
 
 @triton.jit
@@ -243,7 +248,7 @@ def moments_parts(
     count, mean, m2 = _row_moments(
         x, mask, first, rows, cols, tl.cast(x_stride, tl.int64) * X_UNIT, x_channel, C, BLOCK_R, BLOCK_C, HAS_MASK
     )
-    _store_three(parts + tl.cast(part, tl.int64) * (3 * C), cols, count, mean, m2, True, C)
+    _store_three(parts + tl.cast(part, tl.int64) * (3 * C), cols, count, mean, m2, C, C)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_part", "num_parts", "x_stride"])
@@ -259,7 +264,7 @@ def apply_training(
     first, rows = _part(part, rows_per_part, num_rows)
     count, mean, m2 = _merge_parts(parts, num_parts, cols, C, BLOCK_C, BLOCK_P)
     mean, rstd = _normaliser(
-        count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, part == 0,
+        count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, _limit(part, C),
         C, HAS_RUNNING, HAS_TRACKED, STEP_POINTER,
     )  # fmt: skip
     _apply_rows(
@@ -281,7 +286,7 @@ def forward_columns(
     stride = tl.cast(x_stride, tl.int64) * X_UNIT
     count, mean, m2 = _row_moments(x, mask, first, rows, cols, stride, x_channel, C, BLOCK_R, BLOCK_C, HAS_MASK)
     mean, rstd = _normaliser(
-        count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, True,
+        count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, C,
         C, HAS_RUNNING, HAS_TRACKED, STEP_POINTER,
     )  # fmt: skip
     _apply_rows(
@@ -301,7 +306,7 @@ def apply_running(
     first, rows = _part(part, rows_per_part, num_rows)
     mean = _vector(running_mean, cols, C)
     rstd = 1.0 / tl.sqrt_rn(_vector(running_var, cols, C) + eps)
-    _store_three(normaliser, cols, mean, rstd, tl.zeros_like(mean), part == 0, C)
+    _store_three(normaliser, cols, mean, rstd, tl.zeros_like(mean), _limit(part, C), C)
     _apply_rows(
         x, y, first, rows, cols, mean, rstd, alpha, alpha_stride, weight, bias, tl.cast(x_stride, tl.int64) * X_UNIT, x_channel,
         C, BLOCK_R, AFFINE,
@@ -408,7 +413,7 @@ def sum_parts(
         alpha, alpha_stride, weight, bias, tl.cast(grad_stride, tl.int64) * GRAD_UNIT, grad_channel,
         tl.cast(x_stride, tl.int64) * X_UNIT, x_channel, C, BLOCK_R, BLOCK_C, AFFINE, WRITE_DX,
     )  # fmt: skip
-    _store_three(parts + tl.cast(part, tl.int64) * (3 * C), cols, sum_dz, sum_slanted, sum_closed, True, C)
+    _store_three(parts + tl.cast(part, tl.int64) * (3 * C), cols, sum_dz, sum_slanted, sum_closed, C, C)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_part", "num_parts", "x_stride", "grad_stride"])
@@ -423,7 +428,7 @@ def apply_gradient(
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     first, rows = _part(part, rows_per_part, num_rows)
     sum_dz, sum_slanted, sum_closed = _add_parts(parts, num_parts, cols, C, BLOCK_C, BLOCK_P)
-    _store_three(sums, cols, sum_dz, sum_slanted, sum_closed, part == 0, C)
+    _store_three(sums, cols, sum_dz, sum_slanted, sum_closed, _limit(part, C), C)
     _gradient_rows(
         grad, x, mask, dx, first, rows, cols, _vector(normaliser, cols, C), _vector(normaliser + C, cols, C),
         _vector(normaliser + 2 * C, cols, C), sum_dz, sum_slanted, alpha, alpha_stride, weight, bias,
@@ -448,7 +453,7 @@ def backward_columns(
         grad, x, dx, first, rows, cols, mean, rstd, alpha, alpha_stride, weight, bias,
         up_stride, grad_channel, stride, x_channel, C, BLOCK_R, BLOCK_C, AFFINE, False,
     )  # fmt: skip
-    _store_three(sums, cols, sum_dz, sum_slanted, sum_closed, True, C)
+    _store_three(sums, cols, sum_dz, sum_slanted, sum_closed, C, C)
     _gradient_rows(
         grad, x, mask, dx, first, rows, cols, mean, rstd, _vector(normaliser + 2 * C, cols, C), sum_dz, sum_slanted,
         alpha, alpha_stride, weight, bias, up_stride, grad_channel, stride, x_channel, C, BLOCK_R, HAS_MASK, AFFINE,
@@ -465,4 +470,4 @@ def finish_parts(
         first, second, third = _merge_parts(parts, num_parts, cols, C, BLOCK_C, BLOCK_P)
     else:
         first, second, third = _add_parts(parts, num_parts, cols, C, BLOCK_C, BLOCK_P)
-    _store_three(result, cols, first, second, third, True, C)
+    _store_three(result, cols, first, second, third, C, C)

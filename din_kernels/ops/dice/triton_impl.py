@@ -11,6 +11,10 @@ from torch import Tensor
 from ..._launch import on_device
 from . import kernels
 
+TILE = 4096  # elements of a tile: 16 a thread
+NUM_WARPS = 8
+COLUMNS_MAX_ROWS = 1024  # up to here one program takes all rows of its channels: half the launches
+
 
 class Tiling(NamedTuple):
     """block_r × block_c elements a tile; ``parts`` runs of ``rows_per_part`` rows; ``block_p`` parts read at a time."""
@@ -18,15 +22,8 @@ class Tiling(NamedTuple):
     block_r: int
     block_c: int
     block_p: int
-    num_warps: int
     rows_per_part: int
     parts: int
-
-
-TILE = 4096  # elements of a tile: 16 a thread, 64 bytes of float32 in flight for each
-NUM_WARPS = 8
-PROGRAMS_PER_PROCESSOR = 2
-COLUMNS_MAX_ROWS = 1024  # up to here one program takes all rows of its channels: half the launches
 
 
 def _power_of_two(n: int) -> int:
@@ -34,28 +31,39 @@ def _power_of_two(n: int) -> int:
 
 
 def block_of_channels(width: int, itemsize: int) -> int:
-    """Channels of a program: 32 to 128 bytes of a row, as wide as leaves four blocks.
+    """Channels of a program: 32 to 128 bytes of a row, as wide as leaves eight blocks.
 
     More blocks mean fewer parts for as many programs, and every program reads all parts of its channels.
     """
-    widest, narrowest = 128 // itemsize, 32 // itemsize
-    block = widest
-    while block > narrowest and -(-width // block) < 4:
+    block, narrowest = 128 // itemsize, 32 // itemsize
+    while block > narrowest and -(-width // block) < 8:
         block //= 2
     return min(block, _power_of_two(width))
 
 
-def tiling(rows: int, width: int, itemsize: int, processors: int, *, waves: int = 1) -> Tiling:
-    """How [rows, width] is cut up: about ``PROGRAMS_PER_PROCESSOR``·waves programs on each of ``processors``."""
+def tiling(rows: int, width: int, itemsize: int, processors: int, *, scattered: bool = False, waves: int = 1) -> Tiling:
+    """How [rows, width] is cut up: for each of ``processors`` programs that have 32 KiB in flight, ``waves`` times.
+
+    scattered  channels are not next to one another, so that every element takes an address, and its registers
+    """
     block_c = block_of_channels(width, itemsize)
-    block_r = TILE // block_c
+    tile = TILE // 2 if scattered or block_c * itemsize < 16 else TILE
+    block_r = tile // block_c
     blocks = -(-width // block_c)
-    wanted = max(1, PROGRAMS_PER_PROCESSOR * waves * processors // blocks)
+    wanted = max(1, 32768 // (tile * itemsize) * waves * processors // blocks)
     tiles = max(1, -(-rows // block_r))
     rows_per_part = -(-tiles // wanted) * block_r
     parts = max(1, -(-rows // rows_per_part))
-    block_p = max(1, min(_power_of_two(parts), 1024 // block_c))
-    return Tiling(block_r, block_c, block_p, NUM_WARPS, rows_per_part, parts)
+    return Tiling(block_r, block_c, min(_power_of_two(parts), 1024 // block_c), rows_per_part, parts)
+
+
+def launch_options(*, crowded: bool = True) -> dict[str, int]:
+    """Left alone, ptxas may spill a few bytes for the sake of a third program per processor, or let one have all its
+    registers. The tiling counts on two; a launch of few programs (not ``crowded``) may use all registers."""
+    options = {"num_warps": NUM_WARPS, "num_stages": 1}
+    if torch.version.hip is None:
+        options["maxnreg"] = 128 if crowded else 255
+    return options
 
 
 @functools.cache
@@ -65,8 +73,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiling(x: Tensor, *, waves: int = 1) -> Tiling:
-    return tiling(x.shape[0], x.shape[1], x.element_size(), _processors(x.device), waves=waves)
+def _tiling(x: Tensor, grad: Tensor | None = None, *, waves: int = 1) -> Tiling:
+    scattered = x.stride(1) != 1 or (grad is not None and grad.stride(1) != 1)
+    return tiling(x.shape[0], x.shape[1], x.element_size(), _processors(x.device), scattered=scattered, waves=waves)
 
 
 def _stride(name: str, x: Tensor) -> dict[str, int]:
@@ -99,7 +108,7 @@ def _moments_parts(x: Tensor, mask: Tensor | None, tiles: Tiling) -> Tensor:
     parts = _three(x, tiles.parts)
     kernels.moments_parts[_grid(x, tiles)](
         x, x if mask is None else mask, parts, x.shape[0], tiles.rows_per_part, **_stride("x", x), C=x.shape[1],
-        BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, HAS_MASK=mask is not None, num_warps=tiles.num_warps,
+        BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, HAS_MASK=mask is not None, **launch_options(),
     )  # fmt: skip
     return parts
 
@@ -115,7 +124,7 @@ def _finish(parts: Tensor, tiles: Tiling, *, moments: bool) -> Tensor:
         BLOCK_C=tiles.block_c,
         BLOCK_P=tiles.block_p,
         MOMENTS=moments,
-        num_warps=4,
+        **launch_options(),
     )
     return result
 
@@ -150,20 +159,20 @@ def forward(
         "STEP_POINTER": isinstance(step, Tensor),
     }  # fmt: skip
     shape: dict[str, Any] = {
-        **_stride("x", x), "C": width, "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c, "num_warps": tiles.num_warps
+        **_stride("x", x), "C": width, "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c
     }  # fmt: skip
     given = _bytes(mask)
     with on_device(x):
         if gathered is None and rows <= COLUMNS_MAX_ROWS:
             kernels.forward_columns[(_grid(x, tiles)[0],)](
                 x=x, mask=x if given is None else given, y=y, num_rows=rows, HAS_MASK=given is not None,
-                **statistics, **_vectors(alpha, weight, bias), **shape,
+                **statistics, **_vectors(alpha, weight, bias), **shape, **launch_options(crowded=False),
             )  # fmt: skip
             return y, normaliser
         parts = _moments_parts(x, given, tiles) if gathered is None else gathered
         kernels.apply_training[_grid(x, tiles)](
             x=x, y=y, parts=parts, num_parts=parts.shape[0], num_rows=rows, rows_per_part=tiles.rows_per_part,
-            BLOCK_P=tiles.block_p, **statistics, **_vectors(alpha, weight, bias), **shape,
+            BLOCK_P=tiles.block_p, **statistics, **_vectors(alpha, weight, bias), **shape, **launch_options(),
         )  # fmt: skip
     return y, normaliser
 
@@ -178,7 +187,7 @@ def evaluate(
         kernels.apply_running[_grid(x, tiles)](
             x=x, y=y, running_mean=mean, running_var=var, normaliser=normaliser, num_rows=x.shape[0],
             rows_per_part=tiles.rows_per_part, eps=eps, **_vectors(alpha, weight, bias), **_stride("x", x), C=x.shape[1],
-            BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, num_warps=tiles.num_warps,
+            BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, **launch_options(),
         )  # fmt: skip
     return y, normaliser
 
@@ -186,7 +195,6 @@ def evaluate(
 def _backward_shape(grad: Tensor, x: Tensor, tiles: Tiling) -> dict[str, Any]:
     return {
         **_stride("grad", grad), **_stride("x", x), "C": x.shape[1], "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c,
-        "num_warps": tiles.num_warps,
     }  # fmt: skip
 
 
@@ -197,6 +205,7 @@ def _sum_parts(
     kernels.sum_parts[_grid(x, tiles)](
         grad=grad, x=x, dx=x if dx is None else dx, parts=parts, normaliser=normaliser, num_rows=x.shape[0],
         rows_per_part=tiles.rows_per_part, WRITE_DX=dx is not None, **vectors, **_backward_shape(grad, x, tiles),
+        **launch_options(),
     )  # fmt: skip
     return parts
 
@@ -207,7 +216,7 @@ def sums(
     """See ``torch_impl.sums``."""
     if x.shape[0] == 0:
         return _three(x).zero_()
-    tiles = _tiling(x)
+    tiles = _tiling(x, grad)
     with on_device(x):
         parts = _sum_parts(grad, x, None, normaliser, _vectors(alpha, weight, bias), tiles)
         return _finish(parts, tiles, moments=False)
@@ -220,7 +229,7 @@ def backward(
     """See ``torch_impl.backward``."""
     rows, width = x.shape
     dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    vectors, tiles = _vectors(alpha, weight, bias), _tiling(x)
+    vectors, tiles = _vectors(alpha, weight, bias), _tiling(x, grad)
     with on_device(x):
         if not training:
             return dx, _finish(_sum_parts(grad, x, dx, normaliser, vectors, tiles), tiles, moments=False)
@@ -231,10 +240,15 @@ def backward(
             "num_rows": rows, "HAS_MASK": given is not None, **vectors, **_backward_shape(grad, x, tiles),
         }  # fmt: skip
         if gathered is None and rows <= COLUMNS_MAX_ROWS:
-            kernels.backward_columns[(_grid(x, tiles)[0],)](**shared)
+            kernels.backward_columns[(_grid(x, tiles)[0],)](**shared, **launch_options(crowded=False))
             return dx, result
         parts = _sum_parts(grad, x, None, normaliser, vectors, tiles) if gathered is None else gathered
         kernels.apply_gradient[_grid(x, tiles)](
-            parts=parts, num_parts=parts.shape[0], rows_per_part=tiles.rows_per_part, BLOCK_P=tiles.block_p, **shared
+            parts=parts,
+            num_parts=parts.shape[0],
+            rows_per_part=tiles.rows_per_part,
+            BLOCK_P=tiles.block_p,
+            **shared,
+            **launch_options(),
         )
     return dx, result

@@ -84,6 +84,7 @@ def experiment(
     from tqdm import tqdm
 
     check(options)
+    at_commit = report.commit()  # of the code that runs, whatever happens to the files meanwhile
     rows = rows_of(table, keys)
     data, planted = prepare(options)
     out = output_folder(options)
@@ -114,7 +115,7 @@ def experiment(
     truth: dict[str, float] = {}
     if planted is not None:
         truth = evaluate_scores(data.test.label, planted.logits(data, data.test), data.test.user).as_dict()
-    value = report.summary(table, command, data, options, seeds, list(measured.values()), truth)
+    value = report.summary(table, command, at_commit, data, options, seeds, list(measured.values()), truth)
     write_json(out / f"{table}.json", value)
     with replacing(out / f"{table}.md") as temporary:
         temporary.write_text(report.markdown(value))

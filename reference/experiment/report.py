@@ -62,7 +62,14 @@ def commit() -> str:
 
 
 def summary(
-    table: str, command: str, data: ClickData, options: Options, seeds: list[int], measured: list[Measured], truth: dict
+    table: str,
+    command: str,
+    at_commit: str,
+    data: ClickData,
+    options: Options,
+    seeds: list[int],
+    measured: list[Measured],
+    truth: dict,
 ) -> dict[str, Any]:
     base = next((m.mean() for m in measured if m.row.key == "base"), float("nan"))
     device = torch.device(options.device)
@@ -70,7 +77,7 @@ def summary(
     return {
         "table": table,
         "command": command,
-        "commit": commit(),
+        "commit": at_commit,
         "data": data.describe(),
         "environment": {
             "torch": torch.__version__,

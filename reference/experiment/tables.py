@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LR: list[Any] = [0.003, 0.01]
-LAMBDAS: dict[str, list[Any]] = {"mba": [0.01, 0.1, 1.0], "difacto": [1e-5, 1e-4, 1e-3]}
+LAMBDAS: dict[str, list[Any]] = {"mba": [0.03, 0.3, 3.0], "difacto": [1e-4, 1e-3, 1e-2]}
 NEVER = 2**62  # more samples than any item has
 
 

@@ -3,7 +3,7 @@
 Importing this package touches neither CUDA nor the Triton driver, and works without Triton (torch backend).
 """
 
-from . import functional, jagged, ops
+from . import functional, jagged, ops, optim
 from ._backend import BackendUnavailable
 from ._version import __version__
 from .modules import Dice, LinearDice, LocalActivationUnit, MBAEmbedding, convert_sync_dice
@@ -19,4 +19,5 @@ __all__ = [
     "functional",
     "jagged",
     "ops",
+    "optim",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ def block_of_channels(width: int, itemsize: int) -> int:
 
 
 def tiling(rows: int, width: int, itemsize: int, processors: int, *, scattered: bool = False, waves: int = 1) -> Tiling:
-    """How [rows, width] is cut up: for each of ``processors`` programs that have 32 KiB in flight, ``waves`` times.
+    """How [rows, width] is cut up: for each of ``processors`` programs that have 32 KiB in flight, ``waves`` times; but
+    so few that reading all parts (12 bytes for a channel of each) costs a program at most half of its share of x and y.
 
     scattered  channels are not next to one another, so that every element takes an address, and its registers
     """
@@ -50,7 +52,8 @@ def tiling(rows: int, width: int, itemsize: int, processors: int, *, scattered: 
     tile = TILE // 2 if scattered or block_c * itemsize < 16 else TILE
     block_r = tile // block_c
     blocks = -(-width // block_c)
-    wanted = max(1, 32768 // (tile * itemsize) * waves * processors // blocks)
+    wanted = 32768 // (tile * itemsize) * waves * processors // blocks
+    wanted = max(1, rows >> 29, min(wanted, math.isqrt(rows * itemsize // 12)))  # a part's rows are counted in 32 bits
     tiles = max(1, -(-rows // block_r))
     rows_per_part = -(-tiles // wanted) * block_r
     parts = max(1, -(-rows // rows_per_part))

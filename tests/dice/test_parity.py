@@ -1,0 +1,86 @@
+"""Values, gradients and running statistics of both backends against the definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from din_kernels.ops.dice import triton_impl
+
+from ._cases import STRIDES, make_case, random_case
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_torch(seed, device):
+    random_case(seed, max_rows=300, dtype=torch.float64, device=device).check("torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(4))
+def test_torch_precisions(seed, dtype, device):
+    random_case(seed, max_rows=300, dtype=dtype, device=device).check("torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(12))
+def test_triton(seed, dtype, device, poison_scratch):
+    random_case(100 + seed, max_rows=400, dtype=dtype, device=device).check("triton")
+
+
+# Several tiles and parts: two launches each way, and the merging of parts.
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "width", "how"),
+    [(3000, 36, "contiguous"), (1300, 80, "sliced"), (2500, 3, "transposed"), (20000, 1, "contiguous")],
+)
+def test_triton_parts(rows, width, how, masked, device, poison_scratch):
+    case = make_case(
+        (rows, width), how=how, masked=masked, affine=masked, momentum=None if masked else 0.1, device=device
+    )
+    case.check("triton")
+
+
+def test_triton_wide(device, poison_scratch):
+    make_case((1030, 257), dtype=torch.bfloat16, parameter_dtype=torch.bfloat16, device=device).check("triton")
+    make_case((3, 8192), training=False, device=device).check("triton")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("how", STRIDES)
+def test_strides(how, training, device):
+    for backend in ("torch", "triton"):
+        make_case((5, 9, 12), how=how, training=training, device=device).check(backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_rows(backend, device):
+    for training in (False, True):
+        case = make_case((0, 5), training=training, device=device)
+        before = case.running_mean.clone(), case.running_var.clone()
+        y, grads = case.run(backend)
+        assert y.shape == (0, 5)
+        assert grads["x"].shape == (0, 5)
+        assert grads["alpha"].tolist() == [0.0] * 5
+        assert torch.equal(case.running_mean, before[0])
+        assert torch.equal(case.running_var, before[1])
+        assert int(case.tracked) == 3
+
+
+def test_rows_cover_both_launches():
+    """The random cases above use one launch, ``test_triton_parts`` two: the border lies between them."""
+    assert 400 <= triton_impl.COLUMNS_MAX_ROWS < 1300
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [1, 5, 36, 80, 200, 256, 8192])
+@pytest.mark.parametrize("rows", [0, 1, 4096, 65536, 2**31])
+def test_tilings_cover(rows, width, itemsize):
+    """Parts cover all rows, none is empty, each fits 32-bit numbers, and reading parts costs less than reading rows."""
+    for processors in (1, 108, 132, 304):
+        t = triton_impl.tiling(rows, width, itemsize, processors)
+        assert (t.parts - 1) * t.rows_per_part < max(rows, 1) <= max(1, t.parts * t.rows_per_part)
+        assert t.rows_per_part % t.block_r == 0
+        assert t.rows_per_part < 2**31
+        assert t.parts < 65536
+        if rows >= 4096:
+            assert t.parts * 12 <= 0.5 * 2 * itemsize * t.rows_per_part

@@ -187,7 +187,8 @@ class _SparseOptimizer(torch.optim.Optimizer):
                 if grad.layout is not torch.sparse_coo or grad.sparse_dim() != 1:
                     raise TypeError(
                         f"{type(self).__name__} takes sparse gradients, got a {grad.layout} one of shape "
-                        f"{tuple(grad.shape)}: make the table with MBAEmbedding or nn.Embedding(sparse=True), or use an optimizer of torch.optim"
+                        f"{tuple(grad.shape)}: make the table with MBAEmbedding or nn.Embedding(sparse=True), or use an "
+                        "optimizer of torch.optim"
                     )
                 ids, values = grad._indices()[0], grad._values()
                 verdict = None if scaler is None else scaler.to(parameter.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -84,17 +85,19 @@ class LocalActivationUnit(nn.Module):
                     f"{self.activation!r} ({expected.__name__}): build the unit with the activation you want"
                 )
         if self.activation == "prelu":
-            return [module.weight for module in self.activations], None
+            return [cast(nn.PReLU, module).weight for module in self.activations], None
         if self.activation != "dice":
             return None, None
-        for i, module in enumerate(self.activations):
-            if module.affine:
-                raise ValueError(f"activations[{i}] is an affine Dice: inside the unit Dice must be built with affine=False")
+        units = [cast(Dice, module) for module in self.activations]
+        for i, dice in enumerate(units):
+            if dice.affine:
+                raise ValueError(
+                    f"activations[{i}] is an affine Dice: inside the unit Dice must be built with affine=False"
+                )
         running = [
-            RunningStatistics(m.running_mean, m.running_var, m.num_batches_tracked, m.momentum, m.eps)
-            for m in self.activations
+            RunningStatistics(m.running_mean, m.running_var, m.num_batches_tracked, m.momentum, m.eps) for m in units
         ]
-        return [module.alpha for module in self.activations], running
+        return [m.alpha for m in units], running
 
     def forward(
         self,
@@ -108,11 +111,12 @@ class LocalActivationUnit(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Pool ``keys`` for ``query``; see ``din_kernels.functional.local_activation`` for layouts and errors."""
         alphas, running = self._activation_arguments()
+        linears = [cast(nn.Linear, module) for module in self.linears]
         return local_activation(
             query,
             keys,
-            [linear.weight for linear in self.linears],
-            [linear.bias for linear in self.linears],
+            [linear.weight for linear in linears],
+            [linear.bias for linear in linears],
             lengths=lengths,
             offsets=offsets,
             mask=mask,

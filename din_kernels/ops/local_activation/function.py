@@ -207,18 +207,18 @@ class LocalActivationFunction(torch.autograd.Function):
         )  # fmt: skip
         arguments = (query, keys, starts, ends, row_mask, weights, biases, alphas, means, rstds)
         found: list[torch_impl.Moments] = []
-        outputs: tuple[Tensor, ...] = ()
+        outputs: Sequence[Tensor] = ()
 
         def note(moments: torch_impl.Moments) -> None:
-            mean, rstd = moments.statistics(*running_pairs[len(found)], call.eps[len(found)])
+            layer = len(found)
+            mean, rstd = moments.statistics(running[2 * layer], running[2 * layer + 1], call.eps[layer])
             means.append(mean)
             rstds.append(rstd)
             found.append(moments)
 
-        running_pairs = list(zip(running[::2], running[1::2], strict=True))
         if call.activation == "dice" and not call.training:
             wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-            for (mean, var), eps in zip(running_pairs, call.eps, strict=True):
+            for mean, var, eps in zip(running[::2], running[1::2], call.eps, strict=True):
                 means.append(mean.to(wide))
                 rstds.append(torch.rsqrt(var.to(wide) + eps))
         elif call.activation == "dice" and call.backend == "torch":

@@ -36,23 +36,23 @@ class HiddenLayers:
         self.depth = len(config.hidden_units)
         self.weights = [w.to(dtype) for w in tensors.weights[1:]]
         self.biases = [None if b is None else b.to(dtype) for b in tensors.biases[1:]]
-        self.alphas = [None if a is None else a.to(dtype) for a in tensors.alphas]
+        self.alphas = [None if a is None else a.to(dtype).reshape(-1) for a in tensors.alphas]
         self.means = [m.to(dtype) for m in tensors.means]
         self.rstds = [r.to(dtype) for r in tensors.rstds]
 
     def activate(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """φ(z), and Dice's p."""
+        """φ(z), and Dice's p. Sigmoid and ReLU overwrite z: their gradients need φ(z) alone."""
         if self.kind == "sigmoid":
-            return torch.sigmoid(z), None
+            return z.sigmoid_(), None
         if self.kind == "relu":
-            return torch.relu(z), None
+            return z.relu_(), None
         alpha = self.alphas[layer]
         assert alpha is not None
         if self.kind == "prelu":
-            return torch.where(z > 0, z, z * alpha), None
+            return torch.prelu(z, alpha), None
         gate = z.sub(self.means[layer]).mul_(self.rstds[layer]).sigmoid_()
         # y = z·(α + (1 − α)·p)
-        return torch.addcmul(alpha.expand_as(z), gate, 1 - alpha).mul_(z), gate
+        return torch.addcmul(alpha, gate, 1 - alpha).mul_(z), gate
 
     def linear(self, index: int, h: Tensor) -> Tensor:
         weight, bias = self.weights[index], self.biases[index]
@@ -121,7 +121,7 @@ class HiddenGradients:
             grad_z = self._activation(layer, record, grad_hidden, gather_sums=last and not collect, collect=collect)
             if keep is not None and self.inv_count is not None:
                 # A padding row's dh is 0, but its share of the batch means is not.
-                grad_z = grad_z.masked_fill(~keep.unsqueeze(1), 0)
+                grad_z.masked_fill_(~keep.unsqueeze(1), 0)
             if last:
                 return grad_z
             if collect:
@@ -130,13 +130,12 @@ class HiddenGradients:
         return grad_hidden
 
     def _activation(self, layer: int, record: Recorded, dh: Tensor, *, gather_sums: bool, collect: bool) -> Tensor:
-        layers, z = self.layers, record.inputs[layer]
+        layers = self.layers
         if layers.kind == "sigmoid":
-            h = record.outputs[layer]
-            return torch.ops.aten.sigmoid_backward(dh, h)
+            return torch.ops.aten.sigmoid_backward(dh, record.outputs[layer])
         if layers.kind == "relu":
             return torch.ops.aten.threshold_backward(dh, record.outputs[layer], 0)
-        alpha, grad_alpha = layers.alphas[layer], self.alphas[layer]
+        z, alpha, grad_alpha = record.inputs[layer], layers.alphas[layer], self.alphas[layer]
         assert alpha is not None
         assert grad_alpha is not None
         if layers.kind == "prelu":
@@ -158,11 +157,11 @@ class HiddenGradients:
         assert alpha is not None
         assert grad_alpha is not None
         through = dh * z
-        through.addcmul_(through, gate, value=-1)  # dy·z·(1 − p)
+        through.mul_(1 - gate)  # dy·z·(1 − p)
         if collect:
             grad_alpha += through.sum(0)
         grad_normalised = through.mul_(gate).mul_(1 - alpha)
-        direct = torch.addcmul(alpha.expand_as(gate), gate, 1 - alpha).mul_(dh)
+        direct = torch.addcmul(alpha, gate, 1 - alpha).mul_(dh)
         if self.inv_count is None:
             return DiceParts(direct, grad_normalised, None)
         return DiceParts(direct, grad_normalised, z.sub(layers.means[layer]).mul_(layers.rstds[layer]))
@@ -183,8 +182,8 @@ class HiddenGradients:
             assert sums is not None
             assert self.inv_count is not None
             inv_count = self.inv_count.to(grad_normalised.dtype)
-            grad_normalised.sub_(sums[0] * inv_count).sub_(normalised.mul_(sums[1] * inv_count))
-        return grad_normalised.mul_(self.layers.rstds[layer]).add_(parts.direct)
+            grad_normalised.sub_(sums[0] * inv_count).addcmul_(normalised, sums[1] * inv_count, value=-1)
+        return parts.direct.addcmul_(grad_normalised, self.layers.rstds[layer])
 
     def layer_by_layer(
         self, records: list[Recorded], grad_scores: list[Tensor], keeps: list[Tensor | None]

@@ -128,7 +128,7 @@ def dice(
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     if training and mask is None and process_group is None and rows.shape[0] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if alpha.shape != (width,):
         alpha = alpha.reshape(-1).expand(width)
     if mask is not None:

@@ -55,15 +55,16 @@ def _vector(pointer, cols, C: tl.constexpr):
 
 
 @triton.jit
-def _merge(count, mean, m2):
-    """Moments [BLOCK_C] of a union from those of its parts [K, BLOCK_C] (Chan, Golub and LeVeque, 1979).
+def _merge(count, near, rest, m2):
+    """Moments [BLOCK_C] of a union from those of its parts [K, BLOCK_C], whose means are near + rest, not yet rounded to
+    one number (Chan, Golub and LeVeque, 1979).
 
-    Means are taken relative to one of them, or their sum would round what is left of the variance when it is small.
+    Means are taken relative to one of them: their sum would round away what a small variance needs.
     """
     total = tl.sum(count, 0)
-    base = tl.max(tl.where(count > 0, mean, float("-inf")), 0)
+    base = tl.max(tl.where(count > 0, near + rest, float("-inf")), 0)
     base = tl.where(total > 0, base, 0.0)
-    away = tl.where(count > 0, mean - base[None, :], 0.0)
+    away = tl.where(count > 0, (near - base[None, :]) + rest, 0.0)
     shift = tl.sum(count * away, 0) / tl.maximum(total, 1.0)
     off = away - shift[None, :]
     return total, base + shift, tl.sum(m2 + count * off * off, 0)
@@ -97,7 +98,7 @@ def _row_moments(
     counted = tl.broadcast_to(count[:, None], [BLOCK_R, BLOCK_C])
     shift = total / tl.maximum(counted, 1.0)
     m2 = squares - total * shift
-    return _merge(counted, origin + shift, tl.where(m2 < 0, 0.0, m2))  # not tl.maximum: NaN must stay
+    return _merge(counted, origin, shift, tl.where(m2 < 0, 0.0, m2))  # not tl.maximum: NaN must stay
 
 
 @triton.jit
@@ -113,6 +114,7 @@ def _merge_parts(parts, num_parts, cols, C: tl.constexpr, BLOCK_C: tl.constexpr,
         more, other_mean, other_m2 = _merge(
             tl.load(at, mask=inside, other=0.0),
             tl.load(at + C, mask=inside, other=0.0),
+            0.0,
             tl.load(at + 2 * C, mask=inside, other=0.0),
         )
         both = tl.maximum(count + more, 1.0)

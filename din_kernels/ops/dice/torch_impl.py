@@ -30,15 +30,24 @@ def _chunks(x: Tensor) -> Iterator[slice]:
 
 
 def merge(parts: Tensor) -> Tensor:
-    """Moments of a union from the moments of its parts: [P, 3, C] -> [3, C] (Chan, Golub and LeVeque, 1979)."""
+    """Moments of a union from the moments of its parts: [P, 3, C] -> [3, C] (Chan, Golub and LeVeque, 1979).
+
+    Means are taken relative to one of them: their sum would round away what a small variance needs.
+    """
     count, mean, m2 = parts.unbind(1)
     total = count.sum(0)
-    merged = (count * mean).sum(0) / total.clamp(min=1)
-    return torch.stack((total, merged, (m2 + count * (mean - merged).square()).sum(0)))
+    base = torch.where(count > 0, mean, float("-inf")).amax(0)
+    base = torch.where(total > 0, base, 0)
+    away = torch.where(count > 0, mean - base, 0)
+    shift = (count * away).sum(0) / total.clamp(min=1)
+    return torch.stack((total, base + shift, (m2 + count * (away - shift).square()).sum(0)))
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(count, mean, M2) [3, C] of the rows of x [N, C] that ``mask`` [N] selects (None: all); zeros without rows."""
+    """(count, mean, M2) [3, C] of the rows of x [N, C] that ``mask`` [N] selects (None: all); zeros without rows.
+
+    Two passes over each chunk, and what rounding left of the first one's mean corrected by the second.
+    """
     wide = wide_dtype(x.dtype)
     parts = []
     for rows in _chunks(x):
@@ -52,7 +61,9 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
             count = keep.sum(0, dtype=wide).expand(x.shape[1])
             mean = values.masked_fill(~keep, 0).sum(0) / count.clamp(min=1)
             centred = (values - mean).masked_fill_(~keep, 0)
-        parts.append(torch.stack((count, mean, centred.square_().sum(0))))
+        left = centred.sum(0) / count.clamp(min=1)
+        m2 = (centred.square_().sum(0) - count * left.square()).clamp_(min=0)
+        parts.append(torch.stack((count, mean + left, m2)))
     if not parts:
         return x.new_zeros((3, x.shape[1]), dtype=wide)
     return parts[0] if len(parts) == 1 else merge(torch.stack(parts))

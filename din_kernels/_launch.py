@@ -96,7 +96,7 @@ def _repair_comparisons(interpreter: Any) -> None:
 
     builder = getattr(interpreter, "InterpreterBuilder", None)
     splat, handle = getattr(builder, "create_splat", None), getattr(interpreter, "TensorHandle", None)
-    if splat is None or handle is None:
+    if builder is None or splat is None or handle is None:
         return
 
     def create_splat(self: Any, shape: Any, argument: Any) -> Any:

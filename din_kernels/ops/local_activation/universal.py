@@ -83,7 +83,8 @@ def launch_options(tiles: Tiling, *, crowded: bool = False) -> dict[str, int]:
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
+def capability_of(device: torch.device) -> int:
+    """90 for sm_90; the interpreter counts as such, AMD as 80."""
     if device.type != "cuda":
         return 90
     if torch.version.hip is not None:
@@ -138,7 +139,7 @@ class Prepared:
     def __init__(self, config: UnitConfig, tensors: UnitTensors, *, layers: int, backward: bool = False) -> None:
         keys = tensors.keys
         self.config, self.tensors = config, tensors
-        self.tiles = tiling(config, keys.dtype, backward=backward, capability=_capability(keys.device))
+        self.tiles = tiling(config, keys.dtype, backward=backward, capability=capability_of(keys.device))
         self.first: FirstLayer = first_layer(config, tensors)
         self.query = tensors.query.contiguous()
         self.lists = tensors.starts.numel()

@@ -166,7 +166,8 @@ def sparse_floor(
 # ---- this machine ----------------------------------------------------------------------------------------------
 
 
-def _best(function: Callable[[], object], seconds: float = 0.6) -> float:
+def _best(function: Callable[[], object], seconds: float) -> float:
+    """Least seconds of one call, looking for about ``seconds``."""
     function()
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -176,19 +177,19 @@ def _best(function: Callable[[], object], seconds: float = 0.6) -> float:
     return best
 
 
-def measure_cpu() -> Machine:
-    """Copy bandwidth, GEMM peak and sigmoid rate of this CPU with torch's current number of threads (about 3 seconds)."""
+def measure_cpu(seconds: float = 0.6) -> Machine:
+    """Copy bandwidth, GEMM peaks and sigmoid rate of this CPU with torch's current number of threads, ``seconds`` each."""
     source = torch.randn(1 << 25)  # 128 MiB: beyond the last-level cache of most processors
     target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() * 4 / _best(lambda: target.copy_(source))
+    bandwidth = 2 * source.numel() * 4 / _best(lambda: target.copy_(source), seconds)
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     out = torch.empty(1024, 1024)
-    fp32 = 2 * 1024**3 / _best(lambda: torch.mm(a, b, out=out))
+    fp32 = 2 * 1024**3 / _best(lambda: torch.mm(a, b, out=out), seconds)
     a16, b16 = a.bfloat16(), b.bfloat16()
-    bf16 = 2 * 1024**3 / _best(lambda: torch.mm(a16, b16))
+    bf16 = 2 * 1024**3 / _best(lambda: torch.mm(a16, b16), seconds)
     values = torch.randn(1 << 15)  # 128 KiB: in the cache
     result = torch.empty_like(values)
-    special = 2 * values.numel() / _best(lambda: torch.sigmoid(values, out=result))
+    special = 2 * values.numel() / _best(lambda: torch.sigmoid(values, out=result), seconds)
     threads = torch.get_num_threads()
     return Machine(
         f"CPU, {threads} threads", bandwidth, bf16, fp32, fp32, special, 0.0, 0.0, "all measured in this run"

@@ -195,13 +195,17 @@ def make_activation(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    value_seed: int = 0,
 ) -> ActivationInputs:
-    """Inputs of ``workload``, values normal with deviation 0.3 (about what trained embeddings have)."""
+    """Inputs of ``workload``, values normal with deviation 0.3 (about what trained embeddings have).
+
+    seed decides the lengths, ``value_seed`` the values.
+    """
     device = torch.device(device)
     lengths = workload.lengths.sample(workload.batch, seed).to(device)
     offsets = torch.zeros(workload.batch + 1, dtype=torch.int64, device=device)
     offsets[1:] = lengths.cumsum(0)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(value_seed)
 
     def normal(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * 0.3).to(dtype)

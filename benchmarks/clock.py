@@ -1,0 +1,84 @@
+"""Clocks: wall time with synchronisation, GPU time by events and by graph replay, and peak memory of a call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from reference.training_loop import PeakMemory
+
+Call = Callable[[Any], Any]  # one call on one set of inputs
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wall_seconds(call: Call, inputs: Any, device: torch.device) -> float:
+    """From before the call to the end of all it started. The result is freed outside."""
+    synchronise(device)
+    begin = time.perf_counter()
+    result = call(inputs)
+    synchronise(device)
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
+def event_seconds(calls: dict[str, Call], inputs: Sequence[Any], rounds: int) -> dict[str, list[float]]:
+    """GPU time of each call between two events in the stream, ``rounds`` times, the calls taking turns.
+
+    Every measurement is queued behind a matrix product that outlasts the launches, so that the GPU does not wait for
+    Python between kernels; calls that read a value back to the host wait nevertheless, and pay for it here.
+    """
+    busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name, call in calls.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            for _ in range(4):
+                torch.mm(busy, busy)
+            begin.record()
+            call(inputs[turn % len(inputs)])
+            end.record()
+            events[name].append((begin, end))
+        torch.cuda.synchronize()
+    return {name: [b.elapsed_time(e) / 1e3 for b, e in pairs] for name, pairs in events.items()}
+
+
+def graph_seconds(call: Call, inputs: Sequence[Any], rounds: int) -> list[float]:
+    """A call's share of the replay of one CUDA graph that makes it once on each of ``inputs``. Raises where the call
+    cannot be captured (it reads a value back, or allocates in a way that capture forbids)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for one in inputs:
+            call(one)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for one in inputs:
+            call(one)
+    seconds = []
+    for _ in range(rounds + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3 / len(inputs))
+    return seconds[1:]
+
+
+def peak_bytes(call: Call, inputs: Any, device: torch.device) -> int:
+    """Memory one call needs above what is in use, its result included."""
+    synchronise(device)
+    with PeakMemory(device) as memory:
+        result = call(inputs)
+        synchronise(device)
+    del result
+    return memory.bytes

@@ -40,9 +40,8 @@ def test_small_variance(rows, deviation, mean, backend, device):
     torch.testing.assert_close(got_var, wide.var(0, unbiased=False), rtol=rounding, atol=0)
     if ulp:
         naive = x.square().mean(0) - x.mean(0).square()
-        assert (
-            naive.double().cpu() - wide.var(0, unbiased=False)
-        ).abs().max() > 5 * rounding * deviation**2  # the test can fail
+        wrong = (naive.double().cpu() - wide.var(0, unbiased=False)).abs().max()
+        assert wrong > 5 * rounding * deviation**2  # the test can fail
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,7 +77,9 @@ def test_sums_have_a_good_origin(backend, device):
     wide = x.double().cpu()
     deviation = wide.std(0, unbiased=False)
     assert ((got_mean - wide.mean(0)).abs() <= 2e-7 * wide.mean(0).abs() + 3e-6 * deviation).all()
-    torch.testing.assert_close(got_var, deviation.square(), rtol=2e-5, atol=0)
+    # sorted rows: means of parts, handed on in float32, differ by as much as the rows do
+    rounding = 2e-5 + 0.2 * wide.mean(0).abs() * 2.0**-23 / deviation.clamp(min=1e-30)
+    assert ((got_var - deviation.square()).abs() <= rounding * deviation.square()).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,7 +1,7 @@
 """Dice in plain torch: the twin of the Triton kernels on any device, in float64 too.
 
 Everything works on rows x [N, C]. Statistics are moments [3, C]: rows (count, mean, M2) with M2 = Σ(x − mean)², kept in
-float32 (float64 for float64) and merged by Chan's formula, never as E[x²] − E[x]²: ε = 1e-8 would drown in its rounding.
+float32 (float64 for float64) and merged by Chan's formula, never as E[x²] − E[x]²: ε = 1e-8 would drown in its rounding. Gradients are explicit, so nothing is recorded.
 
 On a CPU rows are walked in chunks that stay in the cache, because the intermediate steps (there is no fusion here) would
 otherwise each go through memory; elsewhere a chunk is everything.
@@ -43,6 +43,7 @@ def merge(parts: Tensor) -> Tensor:
     return torch.stack((total, base + shift, (m2 + count * (away - shift).square()).sum(0)))
 
 
+@torch.no_grad()
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """(count, mean, M2) [3, C] of the rows of x [N, C] that ``mask`` [N] selects (None: all); zeros without rows.
 
@@ -139,6 +140,7 @@ def _parts(
     return normalised, p, product, dz
 
 
+@torch.no_grad()
 def sums(
     grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
@@ -193,6 +195,7 @@ def _widen(
     )
 
 
+@torch.no_grad()
 def forward(
     x: Tensor, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, step: Tensor | float, eps: float,
@@ -207,6 +210,7 @@ def forward(
     return _apply(x, normaliser, alpha, weight, bias), normaliser
 
 
+@torch.no_grad()
 def evaluate(
     x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -217,6 +221,7 @@ def evaluate(
     return _apply(x, normaliser, alpha, weight, bias), normaliser
 
 
+@torch.no_grad()
 def backward(
     grad: Tensor, x: Tensor, mask: Tensor | None, normaliser: Tensor, gathered: Tensor | None, alpha: Tensor,
     weight: Tensor | None, bias: Tensor | None, training: bool,

@@ -1,7 +1,8 @@
 """Dice in plain torch: the twin of the Triton kernels on any device, in float64 too.
 
 Everything works on rows x [N, C]. Statistics are moments [3, C]: rows (count, mean, M2) with M2 = Σ(x − mean)², kept in
-float32 (float64 for float64) and merged by Chan's formula, never as E[x²] − E[x]²: ε = 1e-8 would drown in its rounding. Gradients are explicit, so nothing is recorded.
+float32 (float64 for float64) and merged by Chan's formula, never as E[x²] − E[x]²: ε = 1e-8 would drown in its rounding.
+Gradients are explicit, so nothing is recorded for autograd.
 
 On a CPU rows are walked in chunks that stay in the cache, because the intermediate steps (there is no fusion here) would
 otherwise each go through memory; elsewhere a chunk is everything.

@@ -144,7 +144,8 @@ def piece_groups(config: UnitConfig, packed: PackedRows) -> list[PieceGroup]:
     size, order = torch.sort(size, stable=True)
     sizes = size.tolist()
     # Lists of one length, none cut and none skipped, need no gathering at all.
-    whole = packed.rows is None and sizes[0] == sizes[-1] and num_pieces == lengths.numel()
+    one_each = num_pieces == lengths.numel() and int(per_list.max()) == 1
+    whole = packed.rows is None and one_each and sizes[0] == sizes[-1]
     sample, first = sample[order], first[order]
 
     groups = []

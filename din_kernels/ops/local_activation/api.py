@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import _backend, _checks
 from .function import Call, LocalActivationFunction, RunningStatistics
-from .layout import to_lists
+from .layout import check_no_nan, to_lists
 from .problem import ACTIVATIONS, INTERACTIONS
 
 
@@ -28,7 +28,9 @@ def _check_parameters(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if len(weights) < 2:
-        raise ValueError(f"weights must hold at least one hidden layer and the output layer, got {len(weights)} tensor(s)")
+        raise ValueError(
+            f"weights must hold at least one hidden layer and the output layer, got {len(weights)} tensor(s)"
+        )
     if len(biases) != len(weights):
         raise ValueError(f"biases must have one entry (or None) per weight: {len(weights)}, got {len(biases)}")
     columns = first_layer_width(query.shape[-1], interaction)
@@ -56,7 +58,9 @@ def _check_parameters(
             for name, value in (("mean", state.mean), ("var", state.var)):
                 _checks.check_tensor(f"running[{i}].{name}", value, shape=(width,), device=query.device)
             if state.momentum is None and state.num_batches_tracked is None:
-                raise ValueError(f"running[{i}].momentum is None (average over all batches), so it needs num_batches_tracked")
+                raise ValueError(
+                    f"running[{i}].momentum is None (average over all batches), so it needs num_batches_tracked"
+                )
 
 
 @torch.no_grad()
@@ -83,7 +87,9 @@ def _precision(query: Tensor) -> str:
 
 
 @overload
-def local_activation(query: Tensor, keys: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor: ...
+def local_activation(
+    query: Tensor, keys: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor: ...
 @overload
 def local_activation(
     query: Tensor, keys: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *,
@@ -145,7 +151,8 @@ def local_activation(
             (values are checked on CPU tensors, and on GPU tensors when ``DIN_KERNELS_DEBUG=1``).
         BackendUnavailable: an explicit backend that cannot serve here.
 
-    Under ``torch.autocast`` floating inputs are cast to its dtype; statistics and sums stay fp32.
+    Autocast: query, keys, weights and biases are cast to its dtype, as for ``torch.nn.functional.linear``, and the result
+    has that dtype; slopes, statistics and every sum stay fp32, and autocast is off inside. float64 is left alone.
     """
     _checks.check_tensor("query", query, ndim=(2, 3), dtypes=_checks.FLOAT_DTYPES, layout_hint=" ([B, D] or [B, C, D])")
     if not isinstance(keys, Tensor):
@@ -158,8 +165,8 @@ def local_activation(
     _check_parameters(query, weights, biases, alphas, running, interaction, activation)
     lists = to_lists(query, keys, embedding_dim=query.shape[-1], lengths=lengths, offsets=offsets, mask=mask)
     served_by = choose_backend(backend, lists.keys, [w.shape[0] for w in weights[:-1]])
-    if _backend.debug_enabled() and _checks.values_readable(query) and bool(torch.isnan(query).any()):
-        raise ValueError("query holds NaN")
+    if _backend.debug_enabled() and _checks.values_readable(query):
+        check_no_nan(lists)
     call = Call(
         interaction=interaction,
         activation=activation,

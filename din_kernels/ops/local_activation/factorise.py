@@ -79,7 +79,9 @@ def first_layer_backward(
     gamma = grads.offset
     gamma_query = gamma.t() @ query  # Σ_q γ_q v_qᵀ [H1, D]
     if config.interaction == "product":
-        assert grads.shared is not None and grads.product is not None and grads.query is not None
+        assert grads.shared is not None
+        assert grads.product is not None
+        assert grads.query is not None
         of_query, _, of_difference, _ = weight.split(dim, dim=1)
         grad_weight = torch.cat([gamma_query, grads.shared, gamma_query - grads.shared, grads.product], dim=1)
         grad_query = torch.addmm(grads.query, gamma, of_query + of_difference)

@@ -7,7 +7,8 @@ backward pass, which recomputes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -76,6 +77,20 @@ def _config(tensors: UnitTensors, rest: Sequence[Any]) -> UnitConfig:
         interaction, activation, tensors.keys.shape[1], tuple(w.shape[0] for w in tensors.weights[:-1]),
         softmax, scale, candidates, padded_length, precision,
     )  # fmt: skip
+
+
+def _exactly(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator with autocast off: the public call has cast what is to be cast, and sums are fp32 on purpose."""
+
+    @functools.wraps(operator)
+    def call(*args: Any) -> Any:
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return operator(*args)
+        with torch.autocast(device, enabled=False):
+            return operator(*args)
+
+    return call
 
 
 def _statistics(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,25 +171,25 @@ _EVERYWHERE = "CompositeExplicitAutograd"
 statistics_op = define(
     f"local_activation_statistics({_TENSORS}, int layer, {_CONFIG}) -> (Tensor, Tensor, Tensor)",
     fake=_statistics_fake,
-    impls={_EVERYWHERE: _statistics},
+    impls={_EVERYWHERE: _exactly(_statistics)},
 )
 forward_op = define(
     f"local_activation_forward({_TENSORS}, bool return_weights, {_CONFIG}) -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    impls={_EVERYWHERE: _forward},
+    impls={_EVERYWHERE: _exactly(_forward)},
 )
 # Torch backend, Dice in training: statistics and forward in one, as splitting them would compute every layer again.
 dice_forward_op = define(
     f"local_activation_dice_forward({_TENSORS}, Tensor[] running_means, Tensor[] running_vars, float[] eps, "
     f"bool return_weights, {_CONFIG}) -> (Tensor, Tensor, Tensor, Tensor[])",
     fake=_dice_forward_fake,
-    impls={_EVERYWHERE: _dice_forward},
+    impls={_EVERYWHERE: _exactly(_dice_forward)},
 )
 backward_op = define(
     "local_activation_backward(Tensor grad_pooled, Tensor? grad_weights, Tensor pooled, Tensor? attention, "
     f"Tensor? log_normaliser, Tensor? inv_count, {_TENSORS}, {_CONFIG}) -> Tensor[]",
     fake=_backward_fake,
-    impls={_EVERYWHERE: _backward},
+    impls={_EVERYWHERE: _exactly(_backward)},
 )
 
 

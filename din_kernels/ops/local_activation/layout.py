@@ -46,8 +46,29 @@ def _rows(keys: Tensor) -> Tensor:
     return keys.reshape(-1, keys.shape[-1]) if keys.dim() == 3 else keys
 
 
+def check_no_nan(lists: Lists) -> None:
+    """Debug mode: no NaN where it counts. Padding may hold anything, so only rows inside a list are looked at."""
+    if bool(torch.isnan(lists.query).any()):
+        raise ValueError("query holds NaN")
+    border = torch.zeros(lists.keys.shape[0] + 1, dtype=torch.int64, device=lists.keys.device)
+    border.index_add_(0, lists.starts.long(), torch.ones_like(border[: lists.starts.numel()]))
+    border.index_add_(0, lists.ends.long(), -torch.ones_like(border[: lists.ends.numel()]))
+    real = border.cumsum(0)[:-1] > 0
+    if lists.row_mask is not None:
+        real &= lists.row_mask
+    bad = torch.isnan(lists.keys).any(1) & real
+    if bool(bad.any()):
+        raise ValueError(f"keys hold NaN in a real behaviour, row {int(bad.nonzero()[0, 0])} of keys.view(-1, D)")
+
+
 def to_lists(
-    query: Tensor, keys: Tensor, *, embedding_dim: int, lengths: Tensor | None, offsets: Tensor | None, mask: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    *,
+    embedding_dim: int,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    mask: Tensor | None,
 ) -> Lists:
     given = [name for name, value in (("lengths", lengths), ("offsets", offsets), ("mask", mask)) if value is not None]
     if len(given) > 1:
@@ -86,8 +107,8 @@ def to_lists(
         starts = torch.arange(batch, device=keys.device) * padded_length
         ends = starts + padded_length
         if lengths is not None:
-            if lengths.dim() == 2 and lengths.shape[1] == 1:
-                lengths = lengths.squeeze(1)
+            if isinstance(lengths, Tensor) and lengths.shape[1:] == (1,):
+                lengths = lengths.squeeze(1)  # several libraries keep a column
             _checks.check_tensor("lengths", lengths, shape=(batch,), dtypes=_checks.INDEX_DTYPES, device=keys.device)
             _checks.check_lengths(lengths, padded_length)
             ends = starts + lengths

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from din_kernels import BackendUnavailable
+from din_kernels.functional import dice
+from din_kernels.modules import Dice
 from din_kernels.ops.dice import triton_impl
+from din_kernels.ops.dice.api import MAX_WIDTH
+from din_kernels.testing import assert_close
 
 from ._cases import STRIDES, make_case, random_case
 
@@ -40,9 +45,27 @@ def test_triton_parts(rows, width, how, masked, device, poison_scratch):
     case.check("triton")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_triton_parts_in_turns(masked, device, poison_scratch, monkeypatch):
+    """More parts than are read at a time, some of which no row of the mask lies in."""
+    monkeypatch.setattr(triton_impl, "BLOCK_P_ELEMENTS", 8)
+    case = make_case((6000, 16), masked=masked, device=device)
+    assert triton_impl._tiling(case.x).parts > 2 * triton_impl._tiling(case.x).block_p
+    if masked:
+        case.mask[:1536] = False
+        case.mask[3072:4608] = False
+    case.check("triton")
+
+
 def test_triton_wide(device, poison_scratch):
-    make_case((1030, 257), dtype=torch.bfloat16, parameter_dtype=torch.bfloat16, device=device).check("triton")
-    make_case((3, 8192), training=False, device=device).check("triton")
+    make_case((40, 257), dtype=torch.bfloat16, parameter_dtype=torch.bfloat16, device=device).check("triton")
+    widest = make_case((2, MAX_WIDTH), training=False, device=device)
+    y = dice(widest.x, widest.alpha, widest.running_mean, widest.running_var, backend="triton")
+    assert_close("y", y, widest.expected()[0], stages=3)
+    with pytest.raises(BackendUnavailable, match="more than 8192 channels"):
+        Dice(MAX_WIDTH + 1, backend="triton").to(device)(torch.zeros(2, MAX_WIDTH + 1, device=device))
+    with pytest.raises(BackendUnavailable, match="float64"):
+        Dice(3, backend="triton").to(device)(torch.zeros(2, 3, dtype=torch.float64, device=device))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -14,6 +14,7 @@ from . import kernels
 
 TILE = 4096  # elements of a tile: 16 a thread
 NUM_WARPS = 8
+BLOCK_P_ELEMENTS = 1024  # numbers of a kind that a program takes from ``parts`` at a time
 COLUMNS_MAX_ROWS = 1024  # up to here one program takes all rows of its channels: half the launches
 
 
@@ -57,7 +58,7 @@ def tiling(rows: int, width: int, itemsize: int, processors: int, *, scattered: 
     tiles = max(1, -(-rows // block_r))
     rows_per_part = -(-tiles // wanted) * block_r
     parts = max(1, -(-rows // rows_per_part))
-    return Tiling(block_r, block_c, min(_power_of_two(parts), 1024 // block_c), rows_per_part, parts)
+    return Tiling(block_r, block_c, min(_power_of_two(parts), BLOCK_P_ELEMENTS // block_c), rows_per_part, parts)
 
 
 def launch_options(*, crowded: bool = True) -> dict[str, int]:

@@ -1,0 +1,131 @@
+"""Each check of the Dice kernels catches the kind of mistake it is there for: kernels broken on purpose."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import din_kernels.ops.dice as package
+from din_kernels.ops.dice import triton_impl
+from tests.support.memory_monitor import OutOfBounds, Race, memory_monitor
+
+from ._cases import make_case
+from .test_statistics import delicate, found_moments
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def broken(monkeypatch, tmp_path):
+    """broken(old, new): the kernels with ``old`` replaced, everywhere it stands."""
+
+    def load(old: str, new: str) -> None:
+        source = Path(package.__file__).with_name("kernels.py").read_text()
+        assert old in source, f"nothing to break: {old!r}"
+        path = tmp_path / "kernels.py"
+        path.write_text(source.replace(old, new))
+        name = f"{package.__name__}.kernels"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        mutant = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, mutant)
+        spec.loader.exec_module(mutant)
+        monkeypatch.setattr(triton_impl, "kernels", mutant)
+
+    return load
+
+
+def run(rows: int = 1200, **options) -> None:
+    make_case((rows, 9), affine=True, masked=True, **options).check("triton")
+
+
+def run_both() -> None:
+    """Two launches of three parts each, then one launch of two tiles."""
+    run(1200)
+    run(1000)
+
+
+WRONG_NUMBERS = [
+    ("slope[None, :] + (1.0 - slope)[None, :] * p", "slope[None, :] * p + (1.0 - slope)[None, :]", "y"),
+    ("count * off * off", "0.0", "y|dx|running_var"),
+    ("delta * delta * (count * (more / both))", "0.0", "y|dx|running_var"),
+    ("counts = counts & (tl.load(mask", "counts = counts | (tl.load(mask", "y"),
+    ("through = tl.where(counts[:, None], through, 0.0)", "through = through", "dx"),
+    ("slanted += dz * centred", "slanted += dz", "dx"),
+    ("direct += dz", "direct = dz", "dx"),
+    ("closed += q_part", "closed += dz", "dalpha"),
+    ("level = scale * inverse * sum_dz", "level = rstd * inverse * sum_dz", "dx"),
+    ("m2 / tl.maximum(count - 1.0, 1.0)", "m2 / tl.maximum(count, 1.0)", "running_var"),
+    ("old + step * (value - old)", "old + (1.0 - step) * (value - old)", "running_mean"),
+    ("offset = _vector(bias, cols, C) * (-LOG2E)", "offset = _vector(bias, cols, C)", "y"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "where"), WRONG_NUMBERS, ids=lambda v: str(v)[:24])
+def test_wrong_numbers(broken, monkeypatch, old, new, where):
+    broken(old, new)
+    monkeypatch.setattr(triton_impl, "BLOCK_P_ELEMENTS", 16)  # parts are read two at a time
+    with pytest.raises(AssertionError, match=f"^({where}):"):
+        run_both()
+
+
+def test_wrong_number_of_rows(broken):
+    """Parts differ in length: 1200 rows are not a multiple of a tile. A lost tail shows as unwritten, poisoned memory."""
+    broken("tl.minimum(num_rows - first, rows_per_part)", "tl.minimum(num_rows - first - 1, rows_per_part)")
+    with pytest.raises(AssertionError, match=r"^y:"):
+        run()
+
+
+def test_naive_variance(broken, device):
+    """E[x²] − E[x]² instead of differences from an origin loses a small variance."""
+    x = delicate(20000, 1e-7, 1e-3**0.5, device)
+    want = x.double().var(0, unbiased=False).cpu()
+    torch.testing.assert_close(found_moments(x, "triton")[1], want, rtol=0.01, atol=0)
+    broken("origin = tl.where((count == 0)[:, None], value, origin)", "origin = origin")
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found_moments(x, "triton")[1], want, rtol=0.01, atol=0)
+
+
+def test_everybody_updates(broken):
+    """Running statistics written by every part, not one."""
+    broken("return (part == 0).to(tl.int32) * C", "return C")
+    with memory_monitor(), pytest.raises(Race):
+        run(2400)
+
+
+def test_running_statistics_read_while_written(broken):
+    """Programs that read what the first part writes."""
+    broken("serve = inside & (count < 2)", "serve = inside & (count >= 0)")
+    with memory_monitor(), pytest.raises(Race):
+        run(2400)
+
+
+def test_one_row_too_many(broken):
+    broken("counts = start + slot < rows\n", "counts = start + slot <= rows\n")
+    with memory_monitor(), pytest.raises(OutOfBounds):
+        run()
+
+
+def test_one_channel_too_many(broken):
+    broken("inside = (cols < C)[None, :]", "inside = (cols <= C)[None, :]")
+    with memory_monitor(), pytest.raises((OutOfBounds, Race)):
+        run()
+
+
+def test_unwritten_part(broken, poison_scratch):
+    """A program that does not leave its numbers shows as NaN, because scratch is poisoned."""
+    broken("tl.store(pointer + C + cols, second, mask=mask)", "pass")
+    with pytest.raises(AssertionError, match="nan"):
+        run()
+
+
+def test_unbroken(broken):
+    """The machinery itself breaks nothing."""
+    broken("LOG2E", "LOG2E")
+    with memory_monitor():
+        run()

@@ -130,9 +130,9 @@ def contestants(
     measure: str,
     *,
     compiled: bool = True,
-    few: bool = False,
+    with_peers: bool = True,
 ) -> list[Contestant]:
-    """The fused unit (jagged and padded rows in) and every baseline; ``few``: those that need no compilation and no peer."""
+    """The fused unit (jagged and padded rows in) and every baseline."""
     names = [name for name, _ in unit.named_parameters()]
 
     def own(
@@ -175,7 +175,7 @@ def contestants(
     if compiled:
         result.append(own("compiled", "padded", compiled_eager, slow=True))
         result.append(own("factorised, compiled", "padded", lambda: factorised(True), slow=True))
-    if not few and workload.interaction == "product" and not workload.candidates:
+    if with_peers and workload.interaction == "product" and not workload.candidates:
         for name, build in peers.ACTIVATION.items():
             make = functools.partial(peer_call, build, unit, workload.padded_length, measure)
             result.append(Contestant(name, make, naming("padded", ())))
@@ -271,7 +271,7 @@ def make_inputs(
 
 def run(
     arena: Arena, benchmark: Any, workload: ActivationWorkload, measure: str, dtype: torch.dtype = torch.float32, *,
-    tf32: bool = False, suite: str = "local_activation", compiled: bool = True, few: bool = False,
+    tf32: bool = False, suite: str = "local_activation", compiled: bool = True, with_peers: bool = True,
 ) -> None:  # fmt: skip
     """Race all contestants on ``workload``."""
     inputs = make_inputs(arena, workload, dtype, measure)
@@ -292,7 +292,7 @@ def run(
                 "copies": len(inputs), "longest": workload.padded_length,
             },
         )  # fmt: skip
-        arena.race(race, contestants(unit, workload, measure, compiled=compiled, few=few), benchmark)
+        arena.race(race, contestants(unit, workload, measure, compiled=compiled, with_peers=with_peers), benchmark)
     finally:
         torch.set_float32_matmul_precision(before)
 

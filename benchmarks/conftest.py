@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from . import record, report
-from .arena import Arena, Options
+from .arena import UNTIL, Arena, Options
 
 _arena = pytest.StashKey[Arena]()
 
@@ -45,10 +45,10 @@ def arena(pytestconfig: pytest.Config) -> Arena:
 
 
 @pytest.fixture(autouse=True)
-def _in_time(request: pytest.FixtureRequest) -> None:
-    made = request.config.stash.get(_arena, None)
-    if made is not None and made.time_left() <= 0:
-        pytest.skip(f"the {made.options.total_seconds:.0f} s of this session are spent")
+def _in_time(arena: Arena, request: pytest.FixtureRequest) -> None:
+    arena.share = UNTIL[request.module.__name__.rpartition(".")[2]]
+    if arena.time_left() <= 0:
+        pytest.skip(f"this suite's share of the session's {arena.options.total_seconds:.0f} s is spent")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

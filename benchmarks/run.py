@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Most wanted first, because a session that runs out of time skips the rest.
-SUITES = ("test_local_activation", "test_dice", "test_sparse_update", "test_training_step", "test_scoring")
 PARITY_SECONDS = {True: 150, False: 1500}
 
 
@@ -53,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     import pytest
     import torch
 
+    from .arena import UNTIL
+
     if args.gpu and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False, so there is nothing to measure", file=sys.stderr)
         return 3
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     name = ("cpu" if args.cpu else "gpu") + ("-smoke" if args.smoke else "-quick" if args.quick else "")
     args.out.mkdir(parents=True, exist_ok=True)
     options = [
-        *(str(Path(__file__).parent / f"{suite}.py") for suite in SUITES),
+        *(str(Path(__file__).parent / f"{suite}.py") for suite in UNTIL),
         "--bench-device", "cpu" if args.cpu else "cuda", "--bench-json", str(args.out / f"{name}.json"),
         "--benchmark-columns", "median,iqr,min,rounds", "--benchmark-json", str(args.out / f"{name}.pytest-benchmark.json"),
         "-p", "no:xdist", "-p", "no:randomly", "-q", "-s",

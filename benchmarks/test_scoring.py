@@ -1,6 +1,6 @@
 """Candidate scoring: one user's list against C candidates, the serving case (the paper allows 10 ms a request).
 
-On a GPU each record also has the time of a CUDA graph's replay. ``tiled`` is what peers do: the list once per candidate.
+On a GPU each record also has the time of a CUDA graph's replay.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from . import activation
 from .arena import Arena, Options
-from .test_local_activation import _smoke
+from .test_local_activation import tiny
 from .workloads import ACTIVATION, ACTIVATION_CPU, ActivationWorkload
 
 
@@ -31,7 +31,7 @@ def cases(options: Options) -> list[Case]:
     dtypes = (
         [torch.bfloat16, torch.float32] if gpu and not options.quick else [torch.bfloat16 if gpu else torch.float32]
     )
-    return [Case(_smoke(w) if options.smoke else w, dtype) for w in shapes for dtype in dtypes]
+    return [Case(tiny(w) if options.smoke else w, dtype) for w in shapes for dtype in dtypes]
 
 
 def test_scoring(arena: Arena, benchmark: Any, case: Case) -> None:

@@ -1,0 +1,55 @@
+"""How the cost of the unit's training grows with batch (N), longest list (L), embedding width (D) and first hidden layer (H),
+each varied alone around one shape. Without compiled baselines and peers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from . import activation
+from .arena import Arena, Options
+from .test_local_activation import tiny
+from .workloads import ACTIVATION, ACTIVATION_CPU, ActivationWorkload, Lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    workload: ActivationWorkload
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return self.workload.name
+
+
+def sweep(base: ActivationWorkload, factor: int) -> list[ActivationWorkload]:
+    """``base`` with one size at a time divided by ``factor``, as it is, and multiplied."""
+    first, *rest = base.hidden
+    grown: list[tuple[str, int, ActivationWorkload]] = []
+    for scale in (1 / factor, 1, factor):
+        batch, longest = int(base.batch * scale), int(base.lengths.high * scale)
+        dim, width = int(base.dim * scale), int(first * scale)
+        grown += [
+            ("N", batch, base.with_(batch=batch)),
+            ("L", longest, base.with_(lengths=Lengths("uniform", 1, longest))),
+            ("D", dim, base.with_(dim=dim)),
+            ("H", width, base.with_(hidden=(width, *rest))),
+        ]
+    return [w.with_(name=f"{letter}={size}") for letter, size, w in grown]
+
+
+def cases(options: Options) -> list[Case]:
+    if options.smoke:
+        return [Case(tiny(ACTIVATION_CPU["cpu-S1"]).with_(name="N=5"), torch.float32)]
+    if options.quick:
+        return []
+    if options.device.type == "cuda":
+        return [Case(w, torch.bfloat16) for w in sweep(ACTIVATION["S1"], 4)]
+    return [Case(w, torch.float32) for w in sweep(ACTIVATION_CPU["cpu-S1"], 2)]
+
+
+def test_sweep(arena: Arena, benchmark: Any, case: Case) -> None:
+    activation.run(
+        arena, benchmark, case.workload, "forward+backward", case.dtype, suite="sweep", compiled=False, with_peers=False
+    )  # fmt: skip

@@ -189,13 +189,14 @@ def _draw_weights(
     signed = bool((weights < centre).any())
     limit = float(np.abs(weights - centre).max()) or 1.0
     figure, axis = make_figure(4.5 + 0.48 * len(columns), 3.2 + 0.42 * len(rows))
-    image = axis.imshow(
-        weights,
-        cmap="RdBu_r" if signed else "Reds",
-        vmin=centre - limit if signed else 0.0,
-        vmax=centre + limit,
-        aspect="auto",
-    )
+    from matplotlib.colors import TwoSlopeNorm
+
+    # White is indifference: weight 0, or the uniform share. Relative weights cannot fall below 0, so the scale does not.
+    low = 0.0 if centre else -limit
+    norm = TwoSlopeNorm(vcenter=centre, vmin=low, vmax=centre + limit) if signed else None
+    image = axis.imshow(weights, cmap="RdBu_r" if signed else "Reds", norm=norm, aspect="auto")
+    if not signed:
+        image.set_clim(0.0, limit)
     axis.set_xticks(
         range(len(columns)), [_name(data, int(i), 24) for i in columns], rotation=50, ha="right", fontsize=8
     )

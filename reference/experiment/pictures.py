@@ -26,6 +26,7 @@ MARKERS = "osD^vPX<>"
 def learning_curves(value: dict[str, Any], path: Path) -> None:
     """Training loss over the run and test GAUC after each epoch: mean over seeds, band from the least to the largest."""
     figure, axes = make_figure(13.0, 4.6, 2)
+    frame = _frame([float(np.mean(row["gauc"])) for row in value["rows"]])
     for place, row in enumerate(value["rows"]):
         style = {"color": COLOURS[place % len(COLOURS)], "ls": "-" if place < len(COLOURS) else "--", "lw": 1.8}
         gauc = np.array([run for run in row["gauc_by_epoch"] if run])
@@ -34,10 +35,14 @@ def learning_curves(value: dict[str, Any], path: Path) -> None:
         loss = np.mean([run for run in row["training_loss"] if run], axis=0)
         epochs = np.arange(1, gauc.shape[1] + 1)
         axes[0].plot((np.arange(len(loss)) + 0.5) * len(epochs) / len(loss), loss, label=row["label"], **style)
-        axes[1].plot(epochs, gauc.mean(0), marker=MARKERS[place % len(MARKERS)], ms=5, label=row["label"], **style)
+        mean = float(np.mean(row["gauc"]))
+        label = f"{row['label']}: {mean:.3f}, below the frame" if frame and mean < frame[0] else row["label"]
+        axes[1].plot(epochs, gauc.mean(0), marker=MARKERS[place % len(MARKERS)], ms=5, label=label, **style)
         axes[1].fill_between(epochs, gauc.min(0), gauc.max(0), color=style["color"], alpha=0.1, lw=0)
     axes[0].set(xlabel="epoch", ylabel="negative log-likelihood", title="Training loss")
     axes[1].set(xlabel="epoch", ylabel="GAUC", title="Test GAUC after each epoch, mean and range over seeds")
+    if frame:
+        axes[1].set_ylim(*frame)
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axis in axes:
@@ -45,6 +50,15 @@ def learning_curves(value: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(value["data"].split(":")[0])
     save_figure(figure, path)
+
+
+def _frame(means: list[float]) -> tuple[float, float] | None:
+    """Limits of the GAUC axis where one model lies far below all others: without it these can be told apart."""
+    lowest, *others = sorted(means)
+    if len(others) < 3:
+        return None
+    width = others[-1] - others[0]
+    return (others[0] - width, others[-1] + 0.5 * width) if others[0] - lowest > 2 * width else None
 
 
 def of_din(laboratory: Laboratory, measured: Measured, options: Options, out: Path, prefix: str) -> None:
@@ -66,8 +80,7 @@ def embedding_map(
 ) -> None:
     """t-SNE of item embeddings, coloured by category and by one user's predicted click probability (fig. 8).
 
-    The most frequent items of the most frequent categories. The map is of the item's own embedding without its
-    category's: that it groups by category anyway is what the picture shows.
+    The most frequent items of the most frequent categories, each as the unit meets it: [item ; category].
     """
     from sklearn.manifold import TSNE
 
@@ -92,10 +105,10 @@ def embedding_map(
         np.full(len(items), own.stop[last]),
     )
     probability = 1.0 / (1.0 + np.exp(-predict(model, data, candidates, options).astype(np.float64)))
+    device = model.items.item.weight.device
     with torch.no_grad():
-        table = (
-            model.items.item.weight[torch.from_numpy(items).to(model.items.item.weight.device)].float().cpu().numpy()
-        )
+        ids = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (items, data.item_category[items]))
+        table = model.items(*ids).float().cpu().numpy()
     place = TSNE(init="pca", perplexity=min(30, (len(items) - 1) // 3), random_state=0).fit_transform(table)
 
     figure, axes = make_figure(14.0, 5.8, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -82,6 +83,26 @@ class Dice(nn.Module):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, backend={self.backend!r}"
 
 
+def from_batch_norm_state(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The ``state_dict`` of a ``Dice`` from that of a Dice built around an ``nn.BatchNorm1d``, as most packages have it.
+
+    ``alpha`` of shape [C], [C, 1] or [1] stays (as [C]: a shared slope is repeated); ``bn.running_mean``, ``bn.running_var``,
+    ``bn.num_batches_tracked`` and, where the BatchNorm is affine, ``bn.weight`` and ``bn.bias`` lose their ``bn.``. Build the
+    ``Dice`` with the BatchNorm's ``eps``, ``momentum`` and ``affine``: they are not in a ``state_dict``, and packages differ
+    (DeepCTR-Torch: 1e-8, 0.1, affine; FuxiCTR: 1e-9, 0.01, not affine; TorchEasyRec: 1e-5, 0.1, not affine).
+
+    prefix  where in ``state`` the module is, with its dot: ``"mlp.activation_layers.0."``
+    """
+    if f"{prefix}alpha" not in state:
+        raise KeyError(f"no 'alpha' at {prefix!r}")
+    mean = state[f"{prefix}bn.running_mean"]
+    found = {"alpha": state[f"{prefix}alpha"].reshape(-1).expand_as(mean).clone()}
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        if f"{prefix}bn.{name}" in state:
+            found[name] = state[f"{prefix}bn.{name}"]
+    return found
+
+
 class LinearDice(nn.Module):
     """A linear layer and the Dice after it, in place of the pair: ``linear.weight``, ``linear.bias``, ``dice.*``.
 
@@ -110,13 +131,23 @@ def convert_sync_dice(module: _Module, process_group: Any = None) -> _Module:
     """Make every ``Dice`` inside ``module`` take its statistics over all processes of ``process_group``, in place.
 
     As ``nn.SyncBatchNorm.convert_sync_batchnorm``; ``process_group=None`` means the default group, which must have been
-    initialised. Parameters and buffers stay what they are. Returns ``module``.
+    initialised. Every process of the group must then run the module equally often in training, with any number of rows, none
+    included; processes exchange 3·C numbers forward and as many backward. Parameters and buffers stay what they are; gradients
+    of parameters are those of a process's own rows, which ``DistributedDataParallel`` averages. Dice inside a
+    ``LocalActivationUnit`` is left alone (and a warning logged). Returns ``module``.
     """
+    from .local_activation import LocalActivationUnit  # it imports this module
+
     if process_group is None:
         process_group = torch.distributed.group.WORLD
         if process_group is None:
             raise ValueError("convert_sync_dice needs a process group: call torch.distributed.init_process_group first")
+    inside_units = {id(a) for m in module.modules() if isinstance(m, LocalActivationUnit) for a in m.activations}
     for child in module.modules():
-        if isinstance(child, Dice):
+        if isinstance(child, Dice) and id(child) in inside_units:
+            _backend.log_once(
+                "convert_sync_dice: Dice inside a LocalActivationUnit keeps the statistics of its own process"
+            )
+        elif isinstance(child, Dice):
             child.process_group = process_group
     return module

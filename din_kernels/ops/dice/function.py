@@ -92,7 +92,7 @@ def gather(three: Tensor, group: Any) -> Tensor:
     import torch.distributed as dist
 
     gathered = three.new_empty((dist.get_world_size(group), *three.shape))
-    dist.all_gather_into_tensor(gathered, three, group=group)
+    dist.all_gather(list(gathered.unbind(0)), three, group=group)
     return gathered
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
-from .function import Call, LocalActivationFunction, RunningStatistics
+from .function import Call, LocalActivationFunction, RunningStatistics, autocast_enabled
 from .layout import check_no_nan, to_lists
 from .problem import ACTIVATIONS, INTERACTIONS
 
@@ -157,7 +157,7 @@ def local_activation(
     _checks.check_tensor("query", query, ndim=(2, 3), dtypes=_checks.FLOAT_DTYPES, layout_hint=" ([B, D] or [B, C, D])")
     if not isinstance(keys, Tensor):
         raise TypeError(f"keys must be a torch.Tensor, got {type(keys).__name__}")
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+    if query.dtype != torch.float64 and autocast_enabled(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, keys = query.to(dtype), keys.to(dtype)
         weights = [w.to(dtype) for w in weights]

@@ -79,15 +79,21 @@ def _config(tensors: UnitTensors, rest: Sequence[Any]) -> UnitConfig:
     )  # fmt: skip
 
 
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device (not every device has it: meta)."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _exactly(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The operator with autocast off: the public call has cast what is to be cast, and sums are fp32 on purpose."""
 
     @functools.wraps(operator)
     def call(*args: Any) -> Any:
-        device = next(a for a in args if isinstance(a, Tensor)).device.type
-        if not torch.is_autocast_enabled(device):
+        tensor = next(a for a in args if isinstance(a, Tensor))
+        if not autocast_enabled(tensor):
             return operator(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(tensor.device.type, enabled=False):
             return operator(*args)
 
     return call

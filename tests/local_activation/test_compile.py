@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 
 import pytest
@@ -106,7 +107,7 @@ def operator_arguments(activation, interaction, softmax, jagged, candidates=1):
     dim, hidden = 5, (4, 3)
     first = 4 * dim if interaction == "product" else dim * (dim + 2)
     widths = [first, *hidden, 1]
-    weights = [torch.randn(o, i, requires_grad=True) for i, o in zip(widths, widths[1:], strict=False)]
+    weights = [torch.randn(o, i, requires_grad=True) for i, o in itertools.pairwise(widths)]
     biases = [torch.randn(4, requires_grad=True), None, torch.randn(1, requires_grad=True)]
     dice = activation == "dice"
     alphas = [torch.randn(h) if activation in ("dice", "prelu") else None for h in hidden]
@@ -210,7 +211,7 @@ def test_gradients_that_nobody_asked_for():
         assert not unit(query, keys).requires_grad
     with torch.inference_mode():
         assert unit(query, keys).is_inference()
-    pooled, weights = unit(query, keys, return_weights=True)
+    _, weights = unit(query, keys, return_weights=True)
     (of_weights,) = torch.autograd.grad(weights.sum(), keys)  # pooled is not used at all
     assert bool((of_weights != 0).any())
 

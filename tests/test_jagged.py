@@ -78,7 +78,7 @@ def test_nested_without_a_copy():
 def test_torchrec_without_importing_it():
     start = packed([2, 0, 3], 4)
     assert jagged.from_jagged_tensor(TorchRecLike(*start)) == start
-    with pytest.raises(TypeError, match="expected a TorchRec JaggedTensor with .* got Tensor"):
+    with pytest.raises(TypeError, match=r"expected a TorchRec JaggedTensor with .* got Tensor"):
         jagged.from_jagged_tensor(torch.ones(3))
     keyed = TorchRecLike(*start)
     keyed.keys = lambda: ["history"]

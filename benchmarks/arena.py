@@ -85,10 +85,17 @@ class Options:
     device: torch.device
     smoke: bool = False
     quick: bool = False
-    seconds: float = 4.0
-    rounds: tuple[int, int] = (7, 60)
+    seconds: float = 3.0
+    rounds: tuple[int, int] = (5, 60)
     compile_seconds: float = 150.0
     total_seconds: float = 330.0
+
+    def lasting(self, minutes: float | None) -> Options:
+        """The same with more or less time in all, for compilation in proportion."""
+        if minutes is None:
+            return self
+        factor = minutes * 60 / self.total_seconds
+        return dataclasses.replace(self, total_seconds=minutes * 60, compile_seconds=self.compile_seconds * factor)
 
     @classmethod
     def for_mode(cls, device: torch.device, *, quick: bool, smoke: bool) -> Options:

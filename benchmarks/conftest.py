@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     group.addoption("--bench-quick", action="store_true", help="fewer rounds and shapes")
     group.addoption("--bench-smoke", action="store_true", help="tiny shapes: see that everything runs")
+    group.addoption("--bench-minutes", type=float, help="time in all; what does not fit is skipped")
     group.addoption("--bench-json", type=Path, metavar="FILE", help="write the records here")
 
 
@@ -30,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     options = Options.for_mode(
         device, quick=config.getoption("--bench-quick"), smoke=config.getoption("--bench-smoke")
     )  # fmt: skip
-    config.stash[_options] = options
+    config.stash[_options] = options.lasting(config.getoption("--bench-minutes"))
 
 
 _options = pytest.StashKey[Options]()

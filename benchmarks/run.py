@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     device.add_argument("--gpu", action="store_true")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: see that everything runs")
+    parser.add_argument(
+        "--minutes", type=float, help="time in all (a slow or busy machine needs more); the rest is skipped"
+    )
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default: all cores")
     parser.add_argument("--skip-parity", action="store_true", help="do not run the tests on the GPU first")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
@@ -71,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         "--bench-device", "cpu" if args.cpu else "cuda", "--bench-json", str(args.out / f"{name}.json"),
         "--benchmark-columns", "median,iqr,min,rounds", "--benchmark-json", str(args.out / f"{name}.pytest-benchmark.json"),
         "-p", "no:xdist", "-p", "no:randomly", "-q", "-s",
+        *(["--bench-minutes", str(args.minutes)] if args.minutes else []),
         *(["--bench-smoke"] if args.smoke else ["--bench-quick"] if args.quick else []),
         *(part for part in rest if part != "--"),
     ]  # fmt: skip

@@ -1,0 +1,111 @@
+"""Bytes the kernels really move, counted in Triton's interpreter, against the floors of ``benchmarks.roofline``.
+
+What is compared is the *marginal* traffic: the bytes that a larger problem moves more than a smaller one, over what its floor
+has more. Fixed parts (weights, private sums of a program) vanish against the shapes that matter, but not in the small ones an
+interpreter can run. Every launch counts each byte it touches once in each direction: the least its memory must move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import din_kernels
+from benchmarks import roofline
+from benchmarks.roofline import Floor
+from benchmarks.workloads import ActivationWorkload, DiceWorkload, Lengths, SparseWorkload, make_activation
+from din_kernels.functional import sparse_update_
+
+pytest.importorskip("triton")
+from tests.support.memory_monitor import MemoryMonitor, memory_monitor
+
+Counted = tuple[MemoryMonitor, Floor]
+LIMIT, LIMIT_JAGGED = 1.1, 1.3
+
+
+def marginal(counted: Callable[[int], Counted], small: int, large: int) -> float:
+    (before, floor_before), (after, floor_after) = counted(small), counted(large)
+    return (after.bytes_moved() - before.bytes_moved()) / (floor_after.bytes - floor_before.bytes)
+
+
+def activation(batch: int, dtype: torch.dtype, *, full: bool = False, backward: bool = False) -> Counted:
+    """Traffic of one direction of the unit on ``batch`` lists, uneven ones or of one length."""
+    lengths = Lengths("full", 32, 32) if full else Lengths("uniform", 1, 50)
+    workload = ActivationWorkload("traffic", batch, lengths, dim=64, hidden=(16,))
+    inputs = make_activation(workload, dtype=dtype)
+    unit = din_kernels.LocalActivationUnit(64, (16,), "sigmoid", "product", backend="triton").to(dtype)
+    for leaf in (inputs.query, inputs.keys):
+        leaf.requires_grad_(backward)
+    with memory_monitor(races=False) as monitor:
+        pooled = unit(inputs.query, inputs.keys, offsets=inputs.offsets)
+    if backward:
+        with memory_monitor(races=False) as monitor:
+            torch.autograd.grad(pooled, (inputs.query, inputs.keys, *unit.parameters()), inputs.grad)
+    keys = monitor.traffic(tensor="keys").loads
+    assert keys.unique == inputs.keys.numel() * inputs.keys.element_size()  # whole, and by one kernel only
+    assert keys.per_program <= 1.02 * keys.unique  # no program reads what another one does, but for borders
+    return monitor, roofline.activation_floor(workload, dtype, rows=inputs.rows, backward=backward)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["equal lists", "jagged"])
+def test_forward_fp32(full: bool) -> None:
+    assert marginal(lambda n: activation(n, torch.float32, full=full), 6, 12) <= LIMIT
+
+
+def test_forward_bf16_jagged() -> None:
+    """Rows of 128 bytes: tables of the packed kernels (where they serve) show, 16 bytes a row."""
+    assert marginal(lambda n: activation(n, torch.bfloat16), 6, 12) <= LIMIT_JAGGED
+
+
+def test_backward_jagged() -> None:
+    assert marginal(lambda n: activation(n, torch.float32, backward=True), 4, 8) <= LIMIT_JAGGED
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_dice(backward: bool) -> None:
+    def counted(rows: int) -> Counted:
+        x, grad = torch.randn(rows, 16, requires_grad=True), torch.randn(rows, 16)
+        unit = din_kernels.Dice(16, backend="triton").train()
+        with memory_monitor(races=False) as monitor:
+            y = unit(x)
+        if backward:
+            with memory_monitor(races=False) as monitor:
+                y.backward(grad)
+        return monitor, roofline.dice_floor(DiceWorkload("traffic", rows, 16), torch.float32, backward=backward)
+
+    assert marginal(counted, 2048, 4096) <= LIMIT
+
+
+def test_sparse_update() -> None:
+    def counted(occurrences: int) -> Counted:
+        workload = SparseWorkload("traffic", occurrences, table=150, dim=64)
+        weight, grad = torch.randn(150, 64), torch.randn(occurrences, 64)
+        counts = torch.ones(150, dtype=torch.int64)
+        with memory_monitor(races=False) as monitor:
+            sparse_update_(
+                weight,
+                workload.ids(),
+                grad,
+                lr=0.1,
+                regularizer="mba",
+                reg_lambda=0.1,
+                occurrences=counts,
+                backend="triton",
+            )
+        return monitor, roofline.sparse_floor(workload)
+
+    assert marginal(counted, 200, 400) <= LIMIT
+
+
+def test_a_kernel_that_reads_twice_would_be_seen() -> None:
+    """The gate can fail: a second launch over the same rows doubles the marginal bytes."""
+
+    def twice(batch: int) -> Counted:
+        first, floor = activation(batch, torch.float32, full=True)
+        second, _ = activation(batch, torch.float32, full=True)
+        first.launches += second.launches
+        return first, floor
+
+    assert marginal(twice, 2, 4) > LIMIT_JAGGED

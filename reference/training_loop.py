@@ -20,7 +20,7 @@ from torch import nn
 
 from . import checkpoint, regularizers
 from .checkpoint import Progress
-from .data import ClickData, Samples, eval_batches, train_batches
+from .data import ClickData, Samples, eval_batches, prefetched, train_batches
 from .data.batches import batch_bounds
 from .metrics import Scores, evaluate_scores
 from .models import DIN
@@ -197,7 +197,8 @@ def train(
         for epoch in range(progress.epoch, last_epoch):
             pending: list[torch.Tensor] = []
             began = time.perf_counter()
-            for index, batch in enumerate(train_batches(data, options.batch_size, options.seed, epoch)):
+            batches = train_batches(data, options.batch_size, options.seed, epoch)
+            for index, batch in enumerate(prefetched(batches) if device.type == "cuda" else batches):
                 step_began = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(options, epoch * steps_per_epoch + index, total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .amazon import load_amazon_reviews, load_amazon_sequences, load_electronics_csv
-from .batches import Batch, eval_batches, gather_batch, make_batch, train_batches
+from .batches import Batch, eval_batches, gather_batch, make_batch, prefetched, train_batches
 from .movielens import load_movielens
 from .prepare import next_item_task, ratings_task
 from .schema import ClickData, DataError, Samples
@@ -71,6 +71,7 @@ __all__ = [
     "load_movielens",
     "make_batch",
     "next_item_task",
+    "prefetched",
     "ratings_task",
     "train_batches",
 ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from reference import throughput
-from reference.data import gather_batch
+from reference.data import Batch, ClickData, gather_batch, prefetched, train_batches
 from reference.models import build, build_twin, schema_of
 from tests.reference.conftest import small_data
 from tests.reference.test_trainer import TINY
@@ -30,6 +33,31 @@ def test_a_step_trains_fused_and_unfused_alike() -> None:
     assert float(unfused.eval().loss(batch).detach()) < before
     for key, value in fused.state_dict().items():
         torch.testing.assert_close(value, unfused.state_dict()[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_prefetched_batches_are_the_same_batches(tiny: ClickData) -> None:
+    plain = list(train_batches(tiny, 64, seed=1, epoch=0))
+    ahead = list(prefetched(train_batches(tiny, 64, seed=1, epoch=0)))
+    assert len(ahead) == len(plain)
+    for one, other in zip(ahead, plain, strict=True):
+        for field in dataclasses.fields(one):
+            assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
+def test_prefetching_stops_with_its_reader_and_hands_errors_on(tiny: ClickData) -> None:
+    stream = prefetched(train_batches(tiny, 8, seed=1, epoch=0))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+    def broken() -> Iterator[Batch]:
+        yield from itertools.islice(train_batches(tiny, 8, seed=1, epoch=0), 3)
+        raise ValueError("a truncated file")
+
+    stream = prefetched(broken())
+    assert len(list(itertools.islice(stream, 3))) == 3
+    with pytest.raises(ValueError, match="a truncated file"):
+        next(stream)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

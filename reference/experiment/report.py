@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -133,8 +134,8 @@ def markdown(value: dict[str, Any]) -> str:
         chosen = ", ".join(f"{key} {_short(v)}" for key, v in row["chosen"].items())
         cells = [
             row["label"] + ("" if row["in_the_paper"] else " (not in the paper)"),
-            f"{np.mean(row['gauc']):.4f} ± {np.ptp(row['gauc']) / 2:.4f}",
-            f"{100 * row['rela_impr']:+.2f} %",
+            f"{np.mean(row['gauc']):.4f}" + (f" ± {np.ptp(row['gauc']) / 2:.4f}" if len(row["gauc"]) > 1 else ""),
+            "" if math.isnan(row["rela_impr"]) else f"{100 * row['rela_impr']:+.2f} %",
             f"{np.mean(row['auc']):.4f}",
             f"{np.mean(row['logloss']):.4f}",
             f"{row['parameters']:,}" if row["parameters"] else "",
@@ -143,7 +144,8 @@ def markdown(value: dict[str, Any]) -> str:
         cells += [f"{np.mean(row[key]):.3f}" if key in row else "" for key in extra]
         for column in columns:
             gauc, base = row["paper_gauc"][column], paper_base[column]
-            cells.append(f"{gauc:.4f}, {100 * rela_impr(gauc, base):+.2f} %" if gauc and base else "")
+            impr = f", {100 * rela_impr(gauc, base):+.2f} %" if gauc and base else ""
+            cells.append(f"{gauc:.4f}{impr}" if gauc else "")
         lines.append(cells)
     for name, scores in value["untrained"].items():
         lines.append([f"{name} (no model)", f"{scores['gauc']:.4f}", "", f"{scores['auc']:.4f}", "", "", ""])
@@ -174,8 +176,9 @@ def notes(value: dict[str, Any]) -> list[str]:
     """How the numbers came about, and whether the order of the paper holds here: also where it does not."""
     rows = {row["key"]: row for row in value["rows"]}
     seeds = value["seeds"]
+    over = f"mean over the seeds {', '.join(map(str, seeds))} ± half of the range between them"
     told = [
-        f"GAUC: mean over the seeds {', '.join(map(str, seeds))} ± half of the range between them, on the test part. "
+        f"GAUC: {over if len(seeds) > 1 else f'seed {seeds[0]}'}, on the test part. "
         "Options and the epoch to stop after were chosen on a validation part cut from the train part."
     ]
     if "base" in rows:

@@ -6,6 +6,7 @@ Importing this package touches neither CUDA nor the Triton driver, and works wit
 from . import functional, jagged, ops, optim
 from ._backend import BackendUnavailable
 from ._version import __version__
+from .convert import convert
 from .modules import Dice, LinearDice, LocalActivationUnit, MBAEmbedding, convert_sync_dice
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LocalActivationUnit",
     "MBAEmbedding",
     "__version__",
+    "convert",
     "convert_sync_dice",
     "functional",
     "jagged",

@@ -1,0 +1,122 @@
+"""``convert``: fuse the DIN modules inside a model of another library, in place, numbers unchanged."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from . import _backend
+from .integrations.adapter import BACKEND, Adapter
+
+# Top-level package of a module's class -> adapter file.
+LIBRARIES = ("deepctr_torch", "fuxictr", "recbole", "reference", "torch_rechub", "tzrec")
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of a model: ``name`` as in ``named_modules`` ("" is the model itself), its class, what became of it."""
+
+    name: str
+    kind: str
+    swapped: bool
+    detail: str
+
+
+@dataclass
+class Report:
+    """What ``convert`` did. ``swapped`` and ``left`` list modules; printing it shows both; ``undo()`` takes it all back."""
+
+    entries: list[Entry] = field(default_factory=list)
+    _originals: list[tuple[nn.Module, type[nn.Module], dict[str, object]]] = field(default_factory=list, repr=False)
+
+    @property
+    def swapped(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.swapped]
+
+    @property
+    def left(self) -> list[Entry]:
+        return [entry for entry in self.entries if not entry.swapped]
+
+    def undo(self) -> None:
+        """Give every converted module its own class back. Parameters and buffers are the same objects throughout, so what
+        was trained in between stays."""
+        for module, cls, had in self._originals:
+            module.__class__ = cls
+            for name in (BACKEND, *had):
+                module.__dict__.pop(name, None)
+        self._originals.clear()
+        self.entries.clear()
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "nothing to convert: the model holds no DIN module of " + ", ".join(LIBRARIES)
+        lines = []
+        for title, entries in (("swapped", self.swapped), ("left as it was", self.left)):
+            lines += [f"{title}: {len(entries)}"] if entries else []
+            lines += [f"  {entry.name or '(the model)'}  {entry.kind}: {entry.detail}" for entry in entries]
+        return "\n".join(lines)
+
+
+def _adapter(cls: type) -> tuple[type | None, Adapter | None]:
+    """The class an adapter exists for among ``cls`` and its bases, and the adapter."""
+    for base in cls.__mro__:
+        library = base.__module__.split(".", 1)[0]
+        if library in LIBRARIES and issubclass(base, nn.Module):
+            adapters = importlib.import_module(f"din_kernels.integrations.{library}").ADAPTERS
+            if base in adapters:
+                return base, adapters[base]
+    return None, None
+
+
+def convert(model: _Model, *, backend: str | None = None) -> tuple[_Model, Report]:
+    """Make the DIN modules inside ``model`` run fused, in place; returns (model, report).
+
+    Knows the attention units and Dice of DeepCTR-Torch, FuxiCTR, RecBole, torch-rechub, TorchEasyRec and of this project's
+    ``reference``. A converted module keeps its parameters (the same objects: optimizers stay valid), buffers, ``state_dict``
+    keys, call signature, output shapes, training and evaluation behaviour, including each library's own treatment of padding
+    and of empty histories. Where a unit holds what cannot be fused (dropout while training, say), its first layer is
+    factorised and the library's modules do the rest; where nothing can be, it stays and ``report.left`` says why.
+
+    backend: for the converted modules; None (automatic), "triton" or "torch".
+
+    Converting twice changes nothing. Convert before ``torch.compile`` and before wrapping in ``DistributedDataParallel``.
+    """
+    _backend.check_name(backend)
+    report = Report()
+    for name, module in model.named_modules():
+        cls = type(module)
+        if cls.__module__.startswith("din_kernels."):
+            continue
+        base, adapter = _adapter(cls)
+        if base is None or adapter is None:
+            continue
+        if cls is not base:
+            reason: str | None = f"a subclass of {base.__name__}, which may do something else"
+        else:
+            reason = adapter.why_not(module)
+        if reason is None and adapter.fused is not None:
+            detail = adapter.how(module)
+            before = set(module.__dict__)
+            module.__class__ = adapter.fused
+            _set_up(module, backend)
+            added = {key: None for key in module.__dict__ if key not in before}
+            report._originals.append((module, cls, added))
+            report.entries.append(Entry(name, cls.__qualname__, True, detail))
+        else:
+            report.entries.append(Entry(name, cls.__qualname__, False, reason or "not supported"))
+    return model, report
+
+
+def _set_up(module: nn.Module, backend: str | None) -> None:
+    """Attributes that a converted module needs beyond those of its original."""
+    if type(module).__module__.startswith("din_kernels.modules"):
+        module.backend = backend  # type: ignore[assignment]
+        if not hasattr(module, "process_group"):
+            module.process_group = None  # type: ignore[assignment]
+    else:
+        setattr(module, BACKEND, backend)

@@ -1,0 +1,90 @@
+"""DeepCTR-Torch 0.3 (and 0.2.9): ``AttentionSequencePoolingLayer``, ``LocalActivationUnit``, ``Dice``.
+
+Semantics from its layers/core.py, layers/sequence.py and layers/activation.py: query [B, 1, D], keys [B, T, D], keys_length
+[B, 1]; fill 0, or −2³² + 1 before a softmax; the Dice of the attention is affine and its statistics include padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from deepctr_torch.layers import activation, core, sequence
+from torch import Tensor, nn
+
+from .adapter import BACKEND, Adapter
+from .scoring import Hidden, Network, clamp_lengths, dice_like
+
+
+def network(unit: nn.Module) -> Network:
+    dnn = unit.dnn
+    norms = dnn.bn if dnn.use_bn else [None] * len(dnn.linears)
+    odd = []
+    for norm in norms:
+        if norm is not None:  # the library applies it to [B, T, C], over the wrong dimension: keep what it does
+            odd.append("use_bn")
+    hidden = [
+        Hidden(linear, None, layer, dnn.dropout.p)
+        for linear, layer in zip(dnn.linears, dnn.activation_layers, strict=True)
+    ]
+
+    def after_first(z: Tensor) -> Tensor:
+        for i, layer in enumerate(dnn.activation_layers):
+            if i:
+                z = dnn.linears[i](z)
+            if dnn.use_bn:
+                z = dnn.bn[i](z)
+            z = dnn.dropout(layer(z))
+        return unit.dense(z).squeeze(-1)
+
+    return Network(hidden, unit.dense, after_first, activation.Dice, sorted(set(odd)))
+
+
+class FusedLocalActivationUnit(core.LocalActivationUnit):
+    """Scores [B, T, 1]."""
+
+    def forward(self, query: Tensor, user_behavior: Tensor) -> Tensor:
+        if query.shape[1] != 1:
+            return super().forward(query, user_behavior)
+        backend = getattr(self, BACKEND, None)
+        scores = network(self).scores(query.squeeze(1), user_behavior, training=self.training, backend=backend)
+        return scores.unsqueeze(-1)
+
+
+class FusedAttentionSequencePoolingLayer(sequence.AttentionSequencePoolingLayer):
+    """Pooled [B, 1, D], or scores [B, 1, T] with ``return_score``."""
+
+    def forward(self, query: Tensor, keys: Tensor, keys_length: Tensor, mask: Tensor | None = None) -> Tensor:
+        if query.shape[1] != 1:
+            return super().forward(query, keys, keys_length, mask)
+        if self.supports_masking:
+            if mask is None:
+                raise ValueError("When supports_masking=True,input must support masking")
+            real = mask
+        else:
+            real = clamp_lengths(keys_length, keys.shape[1])
+        arguments = {"training": self.local_att.training, "backend": getattr(self, BACKEND, None), "mask": real}
+        scorer, query = network(self.local_att), query.squeeze(1)
+        if not self.weight_normalization and not self.return_score:
+            return scorer.pooled(query, keys, **arguments).unsqueeze(1)
+        scores = scorer.scores(query, keys, **arguments)
+        fill = -(2**32) + 1 if self.weight_normalization else 0
+        scores = torch.where(real, scores, torch.full_like(scores, fill)).unsqueeze(1)
+        if self.weight_normalization:
+            scores = F.softmax(scores, dim=-1)
+        return scores if self.return_score else torch.matmul(scores, keys)
+
+
+class FusedDice(activation.Dice):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != self.dim:
+            return super().forward(x)  # the library's own error
+        return dice_like(self, x, getattr(self, BACKEND, None))
+
+
+ADAPTERS: dict[type[nn.Module], Adapter] = {
+    sequence.AttentionSequencePoolingLayer: Adapter(
+        FusedAttentionSequencePoolingLayer, lambda module: network(module.local_att).describe()
+    ),
+    core.LocalActivationUnit: Adapter(FusedLocalActivationUnit, lambda module: network(module).describe()),
+    activation.Dice: Adapter(FusedDice, lambda module: "fused Dice"),
+}

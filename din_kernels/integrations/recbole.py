@@ -1,0 +1,68 @@
+"""RecBole 1.2: ``SequenceAttLayer``, ``Dice``.
+
+Semantics from its model/layers.py: queries [B, D], keys [B, T, D] with T fixed by ``mask_mat``, keys_length [B]; fill 0, or −∞
+before a softmax (an empty history is then NaN); scores are divided by √D after the fill, softmax or not. Its ``Dice`` neither
+normalises nor learns: with alpha fixed at 0 it is SiLU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from recbole.model import layers
+from torch import Tensor, nn
+
+from .adapter import BACKEND, Adapter
+from .scoring import Network, read_layers
+
+
+def network(attention: nn.Module) -> Network:
+    modules = list(attention.att_mlp_layers.mlp_layers)
+    first = next(i for i, module in enumerate(modules) if type(module) is nn.Linear)
+    hidden, odd = read_layers(modules, None)
+
+    def after_first(z: Tensor) -> Tensor:
+        for module in modules[first + 1 :]:
+            z = module(z)
+        return attention.dense(z).squeeze(-1)
+
+    return Network(hidden, attention.dense, after_first, None, odd)
+
+
+class FusedSequenceAttLayer(layers.SequenceAttLayer):
+    """Pooled [B, 1, D], or weights [B, 1, T] with ``return_seq_weight``."""
+
+    def forward(self, queries: Tensor, keys: Tensor, keys_length: Tensor) -> Tensor:
+        dim = queries.shape[-1]
+        arguments = {"training": self.att_mlp_layers.training, "backend": getattr(self, BACKEND, None)}
+        padding = self.mask_mat >= keys_length.unsqueeze(1)
+        scorer = network(self)
+        if not self.softmax_stag and not self.return_seq_weight:
+            return (scorer.pooled(queries, keys, mask=~padding, **arguments) / dim**0.5).unsqueeze(1)
+        scores = scorer.scores(queries, keys, mask=~padding, **arguments)
+        scores = scores.masked_fill(padding, float("-inf") if self.softmax_stag else 0.0).unsqueeze(1) / dim**0.5
+        if self.softmax_stag:
+            scores = F.softmax(scores, dim=2)
+        return scores if self.return_seq_weight else torch.matmul(scores, keys)
+
+
+class FusedDice(layers.Dice):
+    def forward(self, score: Tensor) -> Tensor:
+        return F.silu(score)
+
+
+def _alpha_is_not_zero(module: nn.Module) -> str | None:
+    return "its alpha was set by hand" if bool((module.alpha != 0).any()) else None  # type: ignore[operator, union-attr]
+
+
+def _why_not(attention: nn.Module) -> str | None:
+    modules = list(attention.att_mlp_layers.mlp_layers)
+    if modules and isinstance(modules[0], nn.Dropout) and modules[0].p > 0:
+        return "dropout on the concatenated features"
+    return None
+
+
+ADAPTERS: dict[type[nn.Module], Adapter] = {
+    layers.SequenceAttLayer: Adapter(FusedSequenceAttLayer, lambda module: network(module).describe(), _why_not),
+    layers.Dice: Adapter(FusedDice, lambda module: "SiLU, which it equals", _alpha_is_not_zero),
+}

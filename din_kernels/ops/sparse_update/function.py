@@ -37,7 +37,7 @@ class LaunchConfig:
 
 def launch_config(width: int, optimizer: str) -> LaunchConfig:
     """Shipped configuration: one warp up to 256 columns, two and four above; never more than 80 registers a thread."""
-    block_d = 1 << (width - 1).bit_length()
+    block_d = max(2, 1 << (width - 1).bit_length())  # Triton 3.9 fails to compile tiles of one column
     num_warps = max(1, block_d // 256)
     per_thread = max(1, block_d // (32 * num_warps))
     tensors = {"sgd": 2, "rowwise_adagrad": 2, "adagrad": 3, "adam": 4}[optimizer]

@@ -185,16 +185,18 @@ def update_chunks(
     SEED_POINTER: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradients of LANES chunks and update every row whose occurrences all lie in one chunk."""
+    tl.static_assert(CHUNK % UNROLL == 0)
     first = tl.program_id(0).to(tl.int64) * LANES
     # Skipped ids sort to the end under the key num_rows: their chunks have nothing to do.
     run = tl.load(keys + first * CHUNK) < num_rows
     if HAS_FOUND_INF:
         run = run & (tl.load(found_inf) == 0.0)
     if run:
-        lr = _scalar(lr, LR_POINTER)
-        grad_scale = _scalar(grad_scale, SCALE_POINTER)
-        bias = _scalar(bias, BIAS_POINTER)
-        seed = _scalar(seed, SEED_POINTER)
+        # New names: a branch may not turn a pointer that exists outside it into a number.
+        rate = _scalar(lr, LR_POINTER)
+        scale = _scalar(grad_scale, SCALE_POINTER)
+        correction = _scalar(bias, BIAS_POINTER)
+        noise_seed = _scalar(seed, SEED_POINTER)
         cols = tl.arange(0, BLOCK_D)
         chunk = first + tl.arange(0, LANES)
         i = chunk * CHUNK
@@ -244,26 +246,26 @@ def update_chunks(
             total, count, early = _visit(
                 total, count, early, key, key1, live0, g0, w0, a0, b0, n0,
                 weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w,
-                lr, grad_scale, reg_lambda, eps, beta1, beta2, bias, seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
+                rate, scale, reg_lambda, eps, beta1, beta2, correction, noise_seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
             )  # fmt: skip
             last = key
             if UNROLL >= 2:
                 total, count, early = _visit(
                     total, count, early, key1, key2, live1, g1, w1, a1, b1, n1,
-                    weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, lr, grad_scale,
-                    reg_lambda, eps, beta1, beta2, bias, seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
+                    weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, rate, scale,
+                    reg_lambda, eps, beta1, beta2, correction, noise_seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
                 )  # fmt: skip
                 last = key1
             if UNROLL >= 4:
                 total, count, early = _visit(
                     total, count, early, key2, key3, live2, g2, w2, a2, b2, n2,
-                    weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, lr, grad_scale,
-                    reg_lambda, eps, beta1, beta2, bias, seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
+                    weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, rate, scale,
+                    reg_lambda, eps, beta1, beta2, correction, noise_seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
                 )  # fmt: skip
                 total, count, early = _visit(
                     total, count, early, key3, following, live3, g3, w3, a3, b3, n3,
-                    weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, lr, grad_scale,
-                    reg_lambda, eps, beta1, beta2, bias, seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
+                    weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, rate, scale,
+                    reg_lambda, eps, beta1, beta2, correction, noise_seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
                 )  # fmt: skip
                 last = key3
             i += UNROLL
@@ -285,6 +287,7 @@ def sum_groups(
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sum the carries of GROUP consecutive chunks where all of them belong to one run that began earlier."""
+    tl.static_assert(GROUP % ROWS == 0)
     group = tl.program_id(0).to(tl.int64)
     begin = group * (GROUP * CHUNK)
     end = tl.minimum(begin + GROUP * CHUNK, N)

@@ -1,4 +1,4 @@
-"""Choose hyper-parameters on held-out *train* users, never on the test users: ``python -m reference.search``.
+"""Choose hyper-parameters on a part held out of the *train* part, never on the test: ``python -m reference.search``.
 
 Every model runs every setting of a small grid, over seeds; the table shows the mean validation GAUC and its spread.
 All options of ``reference.train`` that are not searched apply here too.
@@ -33,7 +33,7 @@ def search(
     options: Options, data: ClickData, grid: dict[str, list[Any]], seeds: list[int], out: Path, *, quiet: bool = False
 ) -> list[dict[str, Any]]:
     """Rows of {model, setting, gauc (one per seed), logloss}, best first; ``resume`` keeps the rows in ``out``."""
-    held = data.validation_split(options.validation or 0.2, options.split_seed)
+    held = data.held_out(options.validation or 0.2, options.split_seed)
     done: dict[str, dict[str, Any]] = {}
     if options.resume and out.is_file():
         done = {row["key"]: row for row in json.loads(out.read_text())}

@@ -11,7 +11,7 @@ pip pandas requests h5py keras-preprocessing texttable pyyaml colorama colorlog
 # RecBole and DeepCTR-Torch import tensorboard's writer.
 pip tensorboard
 # FuxiCTR 2.3.7 is the last whose layers import without Ray; its DIN_Attention and Dice are those of 2.3.10.
-for peer in deepctr-torch==0.3.0 fuxictr==2.3.7 recbole==1.2.1 torch-rechub==0.9.0; do
+for peer in deepctr-torch==0.3.0 fuxictr==2.3.7 recbole==1.2.1 torch-rechub==0.9.0 tzrec-sekai==0.9.6; do
     pip --no-deps "$peer" || echo "[setup] $peer could not be installed: its tests are skipped"
 done
 # An oracle for the sparse update, built for one version of torch (2.13) and Python up to 3.13.

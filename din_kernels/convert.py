@@ -32,7 +32,7 @@ class Report:
     """What ``convert`` did. ``swapped`` and ``left`` list modules; printing it shows both; ``undo()`` takes it all back."""
 
     entries: list[Entry] = field(default_factory=list)
-    _originals: list[tuple[nn.Module, type[nn.Module], dict[str, object]]] = field(default_factory=list, repr=False)
+    _originals: list[tuple[nn.Module, type[nn.Module], list[str]]] = field(default_factory=list, repr=False)
 
     @property
     def swapped(self) -> list[Entry]:
@@ -45,10 +45,10 @@ class Report:
     def undo(self) -> None:
         """Give every converted module its own class back. Parameters and buffers are the same objects throughout, so what
         was trained in between stays."""
-        for module, cls, had in self._originals:
+        for module, cls, added in self._originals:
             module.__class__ = cls
-            for name in (BACKEND, *had):
-                module.__dict__.pop(name, None)
+            for name in added:
+                del module.__dict__[name]
         self._originals.clear()
         self.entries.clear()
 
@@ -104,7 +104,7 @@ def convert(model: _Model, *, backend: str | None = None) -> tuple[_Model, Repor
             before = set(module.__dict__)
             module.__class__ = adapter.fused
             _set_up(module, backend)
-            added = {key: None for key in module.__dict__ if key not in before}
+            added = [key for key in module.__dict__ if key not in before]
             report._originals.append((module, cls, added))
             report.entries.append(Entry(name, cls.__qualname__, True, detail))
         else:

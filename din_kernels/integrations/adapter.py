@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -20,5 +21,5 @@ class Adapter:
     """
 
     fused: type[nn.Module] | None
-    how: Callable[[nn.Module], str] = lambda module: "fused"
-    why_not: Callable[[nn.Module], str | None] = lambda module: None
+    how: Callable[[Any], str] = lambda module: "fused"
+    why_not: Callable[[Any], str | None] = lambda module: None

@@ -6,6 +6,8 @@ Semantics from its layers/core.py, layers/sequence.py and layers/activation.py: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from deepctr_torch.layers import activation, core, sequence
@@ -15,7 +17,7 @@ from .adapter import BACKEND, Adapter
 from .scoring import Hidden, Network, clamp_lengths, dice_like
 
 
-def network(unit: nn.Module) -> Network:
+def network(unit: Any) -> Network:
     dnn = unit.dnn
     norms = dnn.bn if dnn.use_bn else [None] * len(dnn.linears)
     odd = []

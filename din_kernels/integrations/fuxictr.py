@@ -6,6 +6,8 @@ multiplied by the mask, and −1e9·(1 − mask) is added before a softmax; Dice
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from fuxictr.pytorch.layers import activations
 from fuxictr.pytorch.layers.attentions import target_attention
@@ -15,7 +17,7 @@ from .adapter import BACKEND, Adapter
 from .scoring import Network, dice_like, read_layers
 
 
-def network(attention: nn.Module) -> tuple[Network, nn.Module | None]:
+def network(attention: Any) -> tuple[Network, nn.Module | None]:
     """The scoring network, and the activation of the output if there is one."""
     modules = list(attention.attention_layer.mlp)
     last = max(i for i, module in enumerate(modules) if type(module) is nn.Linear)
@@ -61,7 +63,7 @@ class FusedDice(activations.Dice):
         return dice_like(self, X, getattr(self, BACKEND, None))
 
 
-def _why_not(attention: nn.Module) -> str | None:
+def _why_not(attention: Any) -> str | None:
     modules = list(attention.attention_layer.mlp)
     if not modules or type(modules[0]) is not nn.Linear:
         return "its scoring network does not begin with a Linear layer"

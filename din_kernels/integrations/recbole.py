@@ -7,6 +7,8 @@ normalises nor learns: with alpha fixed at 0 it is SiLU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from recbole.model import layers
@@ -16,7 +18,7 @@ from .adapter import BACKEND, Adapter
 from .scoring import Network, read_layers
 
 
-def network(attention: nn.Module) -> Network:
+def network(attention: Any) -> Network:
     modules = list(attention.att_mlp_layers.mlp_layers)
     first = next(i for i, module in enumerate(modules) if type(module) is nn.Linear)
     hidden, odd = read_layers(modules, None)
@@ -51,11 +53,11 @@ class FusedDice(layers.Dice):
         return F.silu(score)
 
 
-def _alpha_is_not_zero(module: nn.Module) -> str | None:
+def _alpha_is_not_zero(module: Any) -> str | None:
     return "its alpha was set by hand" if bool((module.alpha != 0).any()) else None  # type: ignore[operator, union-attr]
 
 
-def _why_not(attention: nn.Module) -> str | None:
+def _why_not(attention: Any) -> str | None:
     modules = list(attention.att_mlp_layers.mlp_layers)
     if modules and isinstance(modules[0], nn.Dropout) and modules[0].p > 0:
         return "dropout on the concatenated features"

@@ -6,6 +6,8 @@ of the history counts; BatchNorm always stands between Linear and activation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch_rechub.basic import activation
@@ -15,7 +17,7 @@ from .adapter import BACKEND, Adapter
 from .scoring import Network, read_layers
 
 
-def network(unit: nn.Module) -> Network:
+def network(unit: Any) -> Network:
     modules = list(unit.attention.mlp)
     hidden, odd = read_layers(modules[:-1], None)
 

@@ -7,6 +7,8 @@ scores filled with −2³¹ + 1, so an empty history pools to the mean of its pa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from .adapter import BACKEND, Adapter
 from .scoring import Network, dice_like, read_layers
 
 
-def network(encoder: nn.Module) -> Network:
+def network(encoder: Any) -> Network:
     perceptrons = [list(each.perceptron) for each in encoder.mlp.mlp]
     flat = [module for modules in perceptrons for module in modules]
     hidden, odd = read_layers(flat, activation.Dice)

@@ -13,7 +13,7 @@ from .checkpoint import save_weights
 from .data import ClickData, DataError, load
 from .models import build, build_twin, schema_of
 from .options import Options, output_folder, parse
-from .training_loop import RunResult, train
+from .training_loop import RunResult, reproducible, train
 
 # Chosen on held-out train users (as reference.search does), never on the test users. The recipe is the paper's (SGD, lr
 # falling to a tenth) at a larger batch, with the public code's softmax and clipping. Sums over histories of very
@@ -56,14 +56,8 @@ def run(options: Options, data: ClickData | None = None, *, demo: bool = False, 
     out = output_folder(options)
     if not quiet:
         print(data.describe(), file=sys.stderr)
-    threads = torch.get_num_threads()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    # index_add and embedding backward use float atomics on a GPU unless told otherwise.
-    torch.use_deterministic_algorithms(True, warn_only=True)
     results = []
-    try:
+    with reproducible(options):
         for name, variant in planned_runs(options, demo):
             torch.manual_seed(options.seed)
             start = build(name, schema_of(data), options.model_config())
@@ -76,9 +70,6 @@ def run(options: Options, data: ClickData | None = None, *, demo: bool = False, 
             result = train(model, data, options, model_name=name, variant=variant, checkpoint_path=path, quiet=quiet)
             save_weights(out / f"{name}-{variant}.safetensors", model)
             results.append(result)
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     baselines = {name: baseline(data) for name, baseline in BASELINES.items()}
     report.write(out / "metrics.json", report.summary(data, options, results, baselines))
     visualise.loss_curves(results, out / "loss_curves.png", title=data.name)

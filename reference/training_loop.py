@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,22 @@ class PeakMemory:
         except (OSError, StopIteration):
             unit = 1 if sys.platform == "darwin" else 1024
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def reproducible(options: Options) -> Iterator[None]:
+    """Within the block: ``options.threads``, and deterministic algorithms where torch has them."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # index_add and embedding backward use float atomics on a GPU unless told otherwise.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def autocast(options: Options, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..data import ClickData, DataError, SyntheticConfig, generate, load
@@ -26,7 +25,7 @@ from ..files import replacing, write_json
 from ..metrics import evaluate_scores
 from ..models import DIN
 from ..options import Options, check, from_arguments, output_folder, parse_with_preset, parser
-from ..training_loop import behaviour_weights
+from ..training_loop import behaviour_weights, reproducible
 from . import pictures, report
 from .laboratory import Laboratory, Probe
 from .report import Measured
@@ -147,11 +146,11 @@ def main(arguments: list[str] | None = None) -> int:
     search_seeds, grid = given.pop("search_seeds"), given.pop("grid")
     options = from_arguments(given)
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        value = experiment(table, options, seeds, search_seeds, keys=keys, grid=grid, command=command_line(arguments))
+        with reproducible(options):
+            value = experiment(
+                table, options, seeds, search_seeds, keys=keys, grid=grid, command=command_line(arguments)
+            )
     except (DataError, ValueError, NotImplementedError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -82,7 +82,8 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> nn.Module:
     if saved.get("model") != "din":
         raise ValueError(f"{path} holds the model {saved.get('model')!r}: only 'din' weighs behaviours by candidate")
     known = {field.name for field in fields(Options)}
-    options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+    options = Options(**given)
     tables = state["model"]
     profile = sorted(
         (int(key.split(".")[2]), value.shape[0]) for key, value in tables.items() if key.startswith("profile.tables.")

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,15 +83,14 @@ def _ids(name: str, values: Ids, size: int | None) -> Tensor:
             raise TypeError(f"{name} must hold integers, got {values.dtype}")
         ids = values.detach().to("cpu", torch.int64)
     else:
-        values = list(values)
-        # torch would take 1.5 for 1 and True for 1.
-        wrong = next((v for v in values if isinstance(v, bool) or not hasattr(v, "__index__")), None)
-        if wrong is not None:
-            raise TypeError(f"{name} must hold integers, got {wrong!r}")
-        try:
-            ids = torch.tensor(values, dtype=torch.int64)
-        except (RuntimeError, OverflowError, ValueError) as error:
-            raise IndexError(f"{name} holds a number that is no id: {error}") from error
+        array = np.asarray(values)
+        if array.size == 0:
+            array = array.astype(np.int64)  # an empty list has no type of its own
+        if array.dtype.kind == "O":
+            raise IndexError(f"{name} holds something that is no id, or numbers beyond 64 bits")
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must hold integers, got {array.dtype}")
+        ids = torch.from_numpy(array.astype(np.int64))
     if ids.dim() != 1:
         raise ValueError(f"{name} must be a flat list, got shape {tuple(ids.shape)}")
     if size is not None and ids.numel():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,6 @@ class Recorded:
     gates: list[Tensor | None]
 
 
-class DiceParts(NamedTuple):
-    """[n, H] each: dy·(α + (1 − α)·p), dx̂, and x̂ where it is the batch's (None with running statistics)."""
-
-    direct: Tensor
-    grad_normalised: Tensor
-    normalised: Tensor | None
-
-
 class HiddenLayers:
     """φ_1, W_2, φ_2, …, w for one call; parameters widened to the compute dtype once."""
 
@@ -40,19 +32,27 @@ class HiddenLayers:
         self.means = [m.to(dtype) for m in tensors.means]
         self.rstds = [r.to(dtype) for r in tensors.rstds]
 
-    def activate(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """φ(z), and Dice's p. Sigmoid and ReLU overwrite z: their gradients need φ(z) alone."""
-        if self.kind == "sigmoid":
-            return z.sigmoid_(), None
-        if self.kind == "relu":
-            return z.relu_(), None
+    def gate(self, layer: int, z: Tensor) -> Tensor:
+        """Dice's p."""
+        return z.sub(self.means[layer]).mul_(self.rstds[layer]).sigmoid_()
+
+    def slope_(self, layer: int, gate: Tensor) -> Tensor:
+        """y/z of Dice, α + (1 − α)·p, in the memory of p."""
         alpha = self.alphas[layer]
         assert alpha is not None
-        if self.kind == "prelu":
-            return torch.prelu(z, alpha), None
-        gate = z.sub(self.means[layer]).mul_(self.rstds[layer]).sigmoid_()
-        # y = z·(α + (1 − α)·p)
-        return torch.addcmul(alpha, gate, 1 - alpha).mul_(z), gate
+        return gate.mul_(1 - alpha).add_(alpha)
+
+    def activate(self, layer: int, z: Tensor) -> Tensor:
+        """φ(z). Sigmoid and ReLU overwrite z: their gradients need φ(z) alone."""
+        if self.kind == "sigmoid":
+            return z.sigmoid_()
+        if self.kind == "relu":
+            return z.relu_()
+        if self.kind == "dice":
+            return self.slope_(layer, self.gate(layer, z)).mul_(z)
+        alpha = self.alphas[layer]
+        assert alpha is not None
+        return torch.prelu(z, alpha)
 
     def linear(self, index: int, h: Tensor) -> Tensor:
         weight, bias = self.weights[index], self.biases[index]
@@ -62,12 +62,12 @@ class HiddenLayers:
         """The pre-activation z of hidden layer ``layer`` (0 is the first)."""
         z = z1
         for index in range(layer):
-            z = self.linear(index, self.activate(index, z)[0])
+            z = self.linear(index, self.activate(index, z))
         return z
 
     def beyond(self, layer: int, z: Tensor) -> Tensor:
         """From the pre-activation of hidden layer ``layer`` to the next layer's, or to the scores after the last."""
-        h = self.activate(layer, z)[0]
+        h = self.activate(layer, z)
         return self.linear(layer, h) if layer + 1 < self.depth else self.output(h)
 
     def output(self, h: Tensor) -> Tensor:
@@ -79,8 +79,11 @@ class HiddenLayers:
         """s [n] from z1 [n, H1]."""
         z = z1
         for layer in range(self.depth):
-            h, gate = self.activate(layer, z)
-            if record is not None:
+            if record is None:
+                h = self.activate(layer, z)
+            else:
+                gate = self.gate(layer, z) if self.kind == "dice" else None
+                h = self.activate(layer, z) if gate is None else self.slope_(layer, gate.clone()).mul_(z)
                 record.inputs.append(z)
                 record.outputs.append(h)
                 record.gates.append(gate)
@@ -92,7 +95,7 @@ class HiddenLayers:
 class HiddenGradients:
     """Accumulates the gradients of everything above the first layer over the chunks.
 
-    ``sums[l]`` holds Dice's two sums (Σ dx̂, Σ dx̂·x̂) of layer l times 1/count, once the pass for it has run.
+    ``sums[l]`` holds Dice's two sums (Σ dx̂, Σ dx̂·x̂) of layer l once the pass for it has run.
     """
 
     def __init__(self, layers: HiddenLayers, config: UnitConfig, inv_count: Tensor | None) -> None:
@@ -115,7 +118,7 @@ class HiddenGradients:
         layers = self.layers
         grad_hidden = grad_scores.unsqueeze(1) * layers.weights[-1]
         if collect:
-            self._output_layer(record, grad_scores)
+            self.output_layer(record.outputs[-1], grad_scores)
         for layer in reversed(range(stop, layers.depth)):
             last = layer == stop
             grad_z = self._activation(layer, record, grad_hidden, gather_sums=last and not collect, collect=collect)
@@ -125,7 +128,7 @@ class HiddenGradients:
             if last:
                 return grad_z
             if collect:
-                self._linear_below(layer, record, grad_z)
+                self.linear_below(layer, record.outputs[layer - 1], grad_z)
             grad_hidden = grad_z @ layers.weights[layer - 1]
         return grad_hidden
 
@@ -143,83 +146,113 @@ class HiddenGradients:
             if collect:
                 grad_alpha += (dh * z).masked_fill_(~negative, 0).sum(0)
             return torch.where(negative, dh * alpha, dh)
-        parts = self.dice_parts(layer, record, dh, collect=collect)
-        if gather_sums:
-            self.gather(layer, parts)
-            return parts.grad_normalised
-        return self.through_statistics(layer, parts)
-
-    def dice_parts(self, layer: int, record: Recorded, dh: Tensor, *, collect: bool) -> DiceParts:
-        """dy taken apart: what reaches z directly, and what reaches it through x̂ (dα is added on the way)."""
-        layers, z, gate = self.layers, record.inputs[layer], record.gates[layer]
-        alpha, grad_alpha = layers.alphas[layer], self.alphas[layer]
+        gate = record.gates[layer]
         assert gate is not None
+        if self.inv_count is None:
+            grad_normalised = self.dice_normalised(layer, z, gate, dh, collect=collect)
+            return self.dice_direct(layer, gate.clone(), dh, grad_normalised)
+        if gather_sums:
+            self.gather(layer, z, self.dice_normalised(layer, z, gate, dh, collect=collect))
+            return dh
+        grad_normalised = self.dice_normalised(layer, z, gate, dh, collect=collect)
+        return self.through_statistics(layer, self.dice_direct(layer, gate.clone(), dh, grad_normalised), z.clone())
+
+    # -- Dice: y = z·(α + (1 − α)·p), p = σ(x̂), x̂ = (z − mean)·rstd, and mean and rstd may be those of the batch ----------
+
+    def dice_normalised(self, layer: int, z: Tensor, gate: Tensor, dh: Tensor, *, collect: bool = True) -> Tensor:
+        """dx̂ = dy·z·(1 − α)·p·(1 − p); adds to dα = Σ dy·z·(1 − p) on the way."""
+        alpha, grad_alpha = self.layers.alphas[layer], self.alphas[layer]
         assert alpha is not None
         assert grad_alpha is not None
-        through = dh * z
-        through.mul_(1 - gate)  # dy·z·(1 − p)
+        closed = (1 - gate).mul_(z).mul_(dh)
         if collect:
-            grad_alpha += through.sum(0)
-        grad_normalised = through.mul_(gate).mul_(1 - alpha)
-        direct = torch.addcmul(alpha, gate, 1 - alpha).mul_(dh)
-        if self.inv_count is None:
-            return DiceParts(direct, grad_normalised, None)
-        return DiceParts(direct, grad_normalised, z.sub(layers.means[layer]).mul_(layers.rstds[layer]))
+            grad_alpha += closed.sum(0)
+        return closed.mul_(gate).mul_(1 - alpha)
 
-    def gather(self, layer: int, parts: DiceParts) -> None:
-        """Add a chunk's Σ dx̂ and Σ dx̂·x̂."""
-        grad_normalised, normalised = parts.grad_normalised, parts.normalised
-        assert normalised is not None
-        sums = (grad_normalised.sum(0), (grad_normalised * normalised).sum(0))
+    def dice_direct(self, layer: int, gate: Tensor, dh: Tensor, grad_normalised: Tensor) -> Tensor:
+        """What reaches z when the statistics stand still: dy·(α + (1 − α)·p) + dx̂·rstd. Uses up ``gate``."""
+        return self.layers.slope_(layer, gate).mul_(dh).addcmul_(grad_normalised, self.layers.rstds[layer])
+
+    def gather(self, layer: int, z: Tensor, grad_normalised: Tensor) -> None:
+        """Add a chunk's Σ dx̂ and Σ dx̂·x̂. Uses up ``grad_normalised``."""
+        first = grad_normalised.sum(0)
+        second = grad_normalised.mul_(z - self.layers.means[layer]).sum(0) * self.layers.rstds[layer]
         before = self.sums[layer]
-        self.sums[layer] = sums if before is None else (before[0] + sums[0], before[1] + sums[1])
+        self.sums[layer] = (first, second) if before is None else (before[0] + first, before[1] + second)
 
-    def through_statistics(self, layer: int, parts: DiceParts) -> Tensor:
-        """dz from the parts, in their memory."""
-        grad_normalised, normalised = parts.grad_normalised, parts.normalised
-        if normalised is not None:
-            sums = self.sums[layer]
-            assert sums is not None
-            assert self.inv_count is not None
-            inv_count = self.inv_count.to(grad_normalised.dtype)
-            grad_normalised.sub_(sums[0] * inv_count).addcmul_(normalised, sums[1] * inv_count, value=-1)
-        return parts.direct.addcmul_(grad_normalised, self.layers.rstds[layer])
+    def through_statistics(self, layer: int, direct: Tensor, z: Tensor) -> Tensor:
+        """dz = direct − rstd/count·(Σ dx̂ + x̂·Σ dx̂·x̂), in the memory of ``direct``. Uses up z."""
+        sums, rstd = self.sums[layer], self.layers.rstds[layer]
+        assert sums is not None
+        assert self.inv_count is not None
+        share = rstd * self.inv_count.to(z.dtype)
+        normalised = z.sub_(self.layers.means[layer]).mul_(rstd)
+        return direct.sub_(share * sums[0]).addcmul_(normalised, share * sums[1], value=-1)
 
-    def layer_by_layer(
-        self, records: list[Recorded], grad_scores: list[Tensor], keeps: list[Tensor | None]
-    ) -> list[Tensor]:
-        """All chunks from ds to dz of the first layer at once, for Dice in training: a layer's sums over all chunks are
-        known before any chunk goes below it, so nothing is computed twice. ``records`` are used up."""
-        layers = self.layers
-        for record, ds in zip(records, grad_scores, strict=True):
-            self._output_layer(record, ds)
-        grad_hidden = [ds.unsqueeze(1) * layers.weights[-1] for ds in grad_scores]
-        for layer in reversed(range(layers.depth)):
-            parts = []
-            for record, dh in zip(records, grad_hidden, strict=True):
-                part = self.dice_parts(layer, record, dh, collect=True)
-                self.gather(layer, part)
-                parts.append(part)
-                record.inputs.pop(), record.gates.pop()  # of this layer, no longer needed: let the memory go
-            grad_z = []
-            for part, keep in zip(parts, keeps, strict=True):
-                dz = self.through_statistics(layer, part)
-                # A padding row's dh is 0, but its share of the batch means is not.
-                grad_z.append(dz if keep is None else dz.masked_fill_(~keep.unsqueeze(1), 0))
-            if layer == 0:
-                return grad_z
-            for record, dz in zip(records, grad_z, strict=True):
-                self._linear_below(layer, record, dz)
-            grad_hidden = [dz @ layers.weights[layer - 1] for dz in grad_z]
-        return grad_hidden
+    # -- parameters of linear layers ---------------------------------------------------------------------------------------
 
-    def _output_layer(self, record: Recorded, grad_scores: Tensor) -> None:
-        self.weights[-1].addmm_(grad_scores.unsqueeze(0), record.outputs[-1])
+    def output_layer(self, h: Tensor, grad_scores: Tensor) -> None:
+        self.weights[-1].addmm_(grad_scores.unsqueeze(0), h)
         if self.biases[-1] is not None:
             self.biases[-1] += grad_scores.sum()
 
-    def _linear_below(self, layer: int, record: Recorded, grad_z: Tensor) -> None:
-        self.weights[layer - 1].addmm_(grad_z.t(), record.outputs[layer - 1])
+    def linear_below(self, layer: int, h: Tensor, grad_z: Tensor) -> None:
+        self.weights[layer - 1].addmm_(grad_z.t(), h)
         bias = self.biases[layer - 1]
         if bias is not None:
             bias += grad_z.sum(0)
+
+
+class DiceDescent:
+    """Backward through Dice's batch statistics for all chunks side by side, so that nothing but gates is computed twice.
+
+    A layer's sums must cover all chunks before any chunk goes below it: ``enter`` takes each chunk up to the scores and back
+    to the last hidden layer, ``down`` takes all of them from layer to layer. Meanwhile a chunk holds its pre-activations and
+    one gradient.
+    """
+
+    def __init__(self, hidden: HiddenGradients) -> None:
+        self.hidden, self.layers = hidden, hidden.layers
+        self.inputs: list[list[Tensor]] = []
+        self.direct: list[Tensor] = []
+        self.keeps: list[Tensor | None] = []
+
+    def enter(
+        self, z1: Tensor, keep: Tensor | None, score_gradients: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Add a chunk; returns its weights a. ``score_gradients`` maps scores to (a, ds)."""
+        layers, top = self.layers, self.layers.depth - 1
+        inputs = [z1]
+        for layer in range(top):
+            inputs.append(layers.linear(layer, layers.activate(layer, inputs[layer])))
+        gate = layers.gate(top, inputs[top])
+        h = layers.slope_(top, gate.clone()).mul_(inputs[top])
+        a, ds = score_gradients(layers.output(h))
+        self.hidden.output_layer(h, ds)
+        self.inputs.append(inputs)
+        self.keeps.append(keep)
+        self.direct.append(self._part(top, inputs[top], gate, ds.unsqueeze(1) * layers.weights[-1]))
+        return a
+
+    def _part(self, layer: int, z: Tensor, gate: Tensor, dh: Tensor) -> Tensor:
+        grad_normalised = self.hidden.dice_normalised(layer, z, gate, dh)
+        direct = self.hidden.dice_direct(layer, gate, dh, grad_normalised)
+        self.hidden.gather(layer, z, grad_normalised)
+        return direct
+
+    def down(self) -> list[Tensor]:
+        """dz of the first layer, of every chunk."""
+        layers, hidden = self.layers, self.hidden
+        for layer in reversed(range(layers.depth)):
+            for chunk, (inputs, keep) in enumerate(zip(self.inputs, self.keeps, strict=True)):
+                dz = hidden.through_statistics(layer, self.direct[chunk], inputs.pop())
+                if keep is not None:
+                    # A padding row's dh is 0, but its share of the batch means is not.
+                    dz.masked_fill_(~keep.unsqueeze(1), 0)
+                if layer == 0:
+                    continue
+                below = inputs[layer - 1]
+                gate = layers.gate(layer - 1, below)
+                hidden.linear_below(layer, layers.slope_(layer - 1, gate.clone()).mul_(below), dz)
+                self.direct[chunk] = self._part(layer - 1, below, gate, dz @ layers.weights[layer - 1])
+        return self.direct

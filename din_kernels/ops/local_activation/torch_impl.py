@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .factorise import first_layer_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
-from .torch_hidden import HiddenGradients, HiddenLayers, Recorded
+from .torch_hidden import DiceDescent, HiddenGradients, HiddenLayers, Recorded
 from .torch_walk import FirstSums, PieceStep, RowStep, Walk
 
 # Dice in training needs each layer's statistics over all rows before the next layer, so chunks cannot be finished one by
@@ -154,7 +155,8 @@ def dice_forward(
         chunks = (_real_rows(z, keep) for z, (_, keep) in zip(held, places, strict=True))
         note(_moments(chunks, walk.query.new_zeros(width)))
         layers = HiddenLayers(config, tensors, walk.dtype)
-        held = [layers.beyond(layer, z) for z in held]
+        for index, z in enumerate(held):
+            held[index] = layers.beyond(layer, z)
     scores = _Scores(walk)
     for (pair, _), s in zip(places, held, strict=True):
         scores.all[pair] = s
@@ -231,15 +233,9 @@ def backward(
         return record, a, ds
 
     if inv_count is not None and _fits(config, walk):
-        records, all_a, all_ds, keeps = [], [], [], []
-        for step in walk.steps():
-            record, a, ds = recompute(step)
-            records.append(record)
-            all_a.append(a)
-            all_ds.append(ds)
-            keeps.append(step.keep)
-        all_dz = hidden.layer_by_layer(records, all_ds, keeps)
-        for step, a, dz in zip(walk.steps(), all_a, all_dz, strict=True):
+        descent = DiceDescent(hidden)
+        all_a = [descent.enter(step.z1(), step.keep, partial(score_gradients, step)) for step in walk.steps()]
+        for step, a, dz in zip(walk.steps(), all_a, descent.down(), strict=True):
             step.finish(sums, dz, a)
     else:
         if inv_count is not None:

@@ -159,7 +159,8 @@ class Arena:
     def race(self, race: Race, contestants: Sequence[Contestant], benchmark: Any) -> None:
         """Gate, then time; ``contestants[0]`` is the fused one, which must be right. Appends a record for each."""
         gc.collect()
-        torch._dynamo.reset()
+        if self.compiling:
+            torch.compiler.reset()  # or the recompilations of many shapes end in a fallback to eager
         ready: dict[str, clock.Call] = {}
         drafts: dict[str, dict[str, Any]] = {}
         for place, contestant in enumerate(contestants):

@@ -25,7 +25,7 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     _pyplot().close(figure)
     # Matplotlib ends lines with spaces, which tools that look after text files dislike.
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
@@ -69,15 +69,19 @@ def growth(found: list[Race], path: Path) -> Path:
     """Time against batch (N), longest list (L), embedding width (D) and first hidden layer (H), each varied alone."""
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(1, 4, figsize=(11, 3), sharey=True)
-    titles = {"N": "batch", "L": "longest list", "D": "embedding width", "H": "first hidden layer"}
-    for axes, (letter, title) in zip(panels, titles.items(), strict=True):
+    sizes = {
+        "N": ("batch", "batch"), "L": ("longest", "longest list"), "D": ("dim", "embedding width"),
+        "H": ("hidden", "first hidden layer"),
+    }  # fmt: skip
+    for axes, (letter, (key, title)) in zip(panels, sizes.items(), strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for race in found:
-            kind, _, value = fused_of(race).workload.partition("=")
-            if kind == letter:
+            fused = fused_of(race)
+            if fused.workload.partition("=")[0] in (letter, "base"):
+                value = int(str(fused.details[key]).partition("-")[0])
                 for r in race:
                     if r.time is not None:
-                        lines.setdefault(r.contestant, []).append((int(value), r.time.median * 1e3))
+                        lines.setdefault(r.contestant, []).append((value, r.time.median * 1e3))
         for index, (name, points) in enumerate(lines.items()):
             xs, ys = zip(*sorted(points), strict=True)
             axes.plot(xs, ys, marker="o", markersize=3, color=_COLOURS[index % len(_COLOURS)], label=name)
@@ -87,7 +91,7 @@ def growth(found: list[Race], path: Path) -> Path:
         axes.set_xlabel(title)
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("ms, forward + backward")
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return _save(figure, path)
 
 

@@ -170,7 +170,7 @@ def _best(function: Callable[[], object], seconds: float) -> float:
     """Least seconds of one call, looking for about ``seconds``."""
     function()
     best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    while best == float("inf") or time.perf_counter() < until:
         start = time.perf_counter()
         function()
         best = min(best, time.perf_counter() - start)

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     args, rest = parser.parse_known_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: what is timed is compiled
+    if args.cpu:  # compile in this process: starting a pool of others costs more than it saves on a few cores
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
     import pytest
     import torch

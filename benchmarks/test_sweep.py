@@ -24,19 +24,19 @@ class Case:
 
 
 def sweep(base: ActivationWorkload, factor: int) -> list[ActivationWorkload]:
-    """``base`` with one size at a time divided by ``factor``, as it is, and multiplied."""
+    """``base`` as it is, then with one size at a time divided and multiplied by ``factor``."""
     first, *rest = base.hidden
-    grown: list[tuple[str, int, ActivationWorkload]] = []
-    for scale in (1 / factor, 1, factor):
+    grown = [base.with_(name="base")]
+    for scale in (1 / factor, factor):
         batch, longest = int(base.batch * scale), int(base.lengths.high * scale)
         dim, width = int(base.dim * scale), int(first * scale)
         grown += [
-            ("N", batch, base.with_(batch=batch)),
-            ("L", longest, base.with_(lengths=Lengths("uniform", 1, longest))),
-            ("D", dim, base.with_(dim=dim)),
-            ("H", width, base.with_(hidden=(width, *rest))),
+            base.with_(name=f"N={batch}", batch=batch),
+            base.with_(name=f"L={longest}", lengths=Lengths("uniform", 1, longest)),
+            base.with_(name=f"D={dim}", dim=dim),
+            base.with_(name=f"H={width}", hidden=(width, *rest)),
         ]
-    return [w.with_(name=f"{letter}={size}") for letter, size, w in grown]
+    return grown
 
 
 def cases(options: Options) -> list[Case]:

@@ -1,0 +1,197 @@
+"""The race: no number for wrong results, turns taken, what is absent is explained, and the floats of the statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import activation, arena, record
+from benchmarks.arena import Arena, Contestant, Expected, Options, Race, Skip, WrongResult, check
+from benchmarks.record import Spread
+from benchmarks.roofline import Floor
+from benchmarks.workloads import ActivationWorkload, Lengths, make_activation
+from din_kernels.testing import Tolerance, tolerance
+
+TOLERANCE = Tolerance(1e-6)
+
+
+@pytest.fixture(scope="module")
+def small() -> Arena:
+    return Arena(Options.for_mode(torch.device("cpu"), quick=True, smoke=True))
+
+
+class Stopwatch:
+    """Stands in for pytest-benchmark's fixture, which takes seconds to set up; the suites' own test uses the real one."""
+
+    def __init__(self) -> None:
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+
+    def pedantic(self, target: Any, setup: Any, rounds: int, iterations: int) -> None:
+        assert iterations == 1
+        for _ in range(rounds):
+            arguments, keywords = setup()
+            begin = time.perf_counter()
+            target(*arguments, **keywords)
+            self.stats.stats.data.append(time.perf_counter() - begin)
+
+
+def contestant(name: str, call: Callable[[Tensor], Tensor]) -> Contestant:
+    return Contestant(name, lambda: call, lambda result, _: {"result": result})
+
+
+def double(inputs: list[Tensor]) -> Race:
+    expected = {"result": Expected(inputs[0].double() * 2, TOLERANCE)}
+    return Race("toy", "double", "forward", torch.float32, inputs, expected, Floor(bytes=80.0, flops=10.0))
+
+
+def test_a_race_gates_times_and_explains(small: Arena) -> None:
+    order: list[str] = []
+
+    def noting(name: str, factor: float, pause: float = 0.0) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            order.append(name)
+            time.sleep(pause)
+            return x * factor
+
+        return call
+
+    def absent() -> Callable[[Tensor], Tensor]:
+        raise Skip("it is not installed")
+
+    def broken() -> Callable[[Tensor], Tensor]:
+        raise RuntimeError("it fell over\nand more")
+
+    small.records.clear()
+    small.race(
+        double([torch.ones(10), torch.ones(10)]),
+        [
+            contestant("fused", noting("fused", 2)),
+            contestant("slow", noting("slow", 2, 0.02)),
+            contestant("wrong", noting("wrong", 2.001)),
+            Contestant("absent", absent, lambda result, _: {}),
+            Contestant("broken", broken, lambda result, _: {}),
+        ],
+        Stopwatch(),
+    )
+    found = {r.contestant: r for r in small.records}
+    assert {name: r.status for name, r in found.items()} == {
+        "fused": "ok", "slow": "ok", "wrong": "wrong", "absent": "skipped", "broken": "failed",
+    }  # fmt: skip
+    assert found["absent"].reason == "it is not installed"
+    assert found["broken"].reason == "RuntimeError: it fell over"
+    assert found["wrong"].wall is None
+    assert order.count("wrong") == 1  # asked once, never timed
+    slow, fused = found["slow"], found["fused"]
+    assert slow.ratio is not None
+    assert fused.ratio is not None
+    assert slow.ratio.median > 5
+    assert fused.ratio.median == 1
+    assert slow.wall is not None
+    assert slow.wall.least >= 0.02
+    timed = order[-2 * slow.wall.rounds :]
+    assert timed == ["slow", "fused"] * slow.wall.rounds
+    assert fused.floor is not None
+    assert fused.of_floor is not None
+    assert set(fused.floor) == {"bytes", "arithmetic", "special"}
+
+
+def test_the_fused_contestant_must_be_right(small: Arena) -> None:
+    with pytest.raises(WrongResult, match="RMS"):
+        small.race(double([torch.ones(4)]), [contestant("fused", lambda x: x * 3)], Stopwatch())
+
+
+@pytest.mark.parametrize("got", [{}, {"result": torch.zeros(3)}, {"result": torch.full((4,), float("nan"))}])
+def test_the_gate_refuses(got: dict[str, Tensor]) -> None:
+    with pytest.raises(WrongResult):
+        check({"result": Expected(torch.zeros(4, dtype=torch.float64), TOLERANCE)}, got)
+
+
+def test_the_gate_reports_what_came_closest_to_its_allowance() -> None:
+    ones = torch.ones(4, dtype=torch.float64)
+    expected = {"result": Expected(ones, Tolerance(1e-2)), "keys": Expected(ones, Tolerance(1e-1))}
+    error, allowed = check(expected, {"result": ones * 1.005, "keys": ones * 1.02, "other": ones})
+    assert (error, allowed) == (pytest.approx(0.005), 1e-2)
+
+
+def test_inputs_exceed_the_cache_twice_over() -> None:
+    assert arena.smallest_cache_multiple(10 << 20, 32 << 20) == 7
+    assert arena.smallest_cache_multiple(1 << 30, 32 << 20) == 2
+    assert arena.smallest_cache_multiple(1, 32 << 20) == 32
+
+
+def test_shares_of_the_session_name_every_suite() -> None:
+    folder = Path(arena.__file__).parent
+    assert set(arena.UNTIL) == {path.stem for path in folder.glob("test_*.py")}
+    assert list(arena.UNTIL.values()) == sorted(arena.UNTIL.values())
+    assert list(arena.UNTIL.values())[-1] == 1.0
+
+
+# ---- the local activation contestants --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interaction", ["product", "outer"])
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("candidates", [0, 3])
+@pytest.mark.parametrize("kind", ["sigmoid", "dice"])
+def test_every_baseline_is_the_same_function(interaction: str, softmax: bool, candidates: int, kind: str) -> None:
+    """In float64, so that a baseline which is merely close does not pass. With softmax forward only: gradients of the output
+    layer cancel there, and the gate's scale does not know by how much."""
+    measure = "forward" if softmax else "forward+backward"
+    workload = ActivationWorkload(
+        "t", 4, Lengths("uniform", 1, 5), 6, (5, 3), activation=kind, interaction=interaction, softmax=softmax,
+        candidates=candidates,
+    )  # fmt: skip
+    inputs = make_activation(workload, dtype=torch.float64)
+    for leaf in (inputs.query, inputs.keys, inputs.padded):
+        leaf.requires_grad_()
+    unit = activation.reference_unit(workload).double()
+    expected = activation.expected_results(unit, inputs, measure, tf32=False, row_limit=1)
+    assert softmax or {"result", "query", "keys", "linears.0.weight"} <= set(expected)
+    found = activation.contestants(unit, workload, measure, compiled=False, with_peers=False)
+    assert [c.name for c in found] == ["fused", "fused, padded in", "eager", "jagged torch", "factorised"]
+    for one in found:
+        named = one.named(one.make()(inputs), inputs)
+        assert set(named) == set(expected)
+        error, allowed = check(expected, named)
+        assert error <= allowed <= 1e-10
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_spread() -> None:
+    assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(3.0, 2.0, 4.0, 1.0, 5)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 7.0, 1)
+
+
+def test_records_survive_the_file(tmp_path: Path) -> None:
+    run = record.describe_run(torch.device("cpu"))
+    assert run["machine"]["cpu"]
+    assert run["versions"]["torch"] == torch.__version__
+    one = record.Record(
+        "dice", "w", "forward", "float32", "fused", "ok", run="r", wall=Spread.of([1.0, 2.0]), ratio=Spread.of([1.0, 1.0]),
+        peak_bytes=5, error=1e-7, allowed=1e-6, floor={"bytes": 0.75, "arithmetic": 0.1}, details={"rows": 3},
+    )  # fmt: skip
+    other = record.Record("dice", "w", "forward", "float32", "eager", "skipped", reason="so", run="r")
+    record.write(tmp_path / "x.json", {"r": run}, [one, other])
+    runs, records = record.read(tmp_path / "x.json")
+    assert records == [one, other]
+    assert runs["r"]["commit"] == run["commit"]
+    assert one.of_floor == ("bytes", 0.5)
+    record.write(tmp_path / "y.json", {}, [one])
+    with pytest.raises(ValueError, match="names run 'r'"):
+        record.read(tmp_path / "y.json")
+
+
+def test_tolerances_of_the_gate_are_the_projects() -> None:
+    workload = ActivationWorkload("t", 3, Lengths("full", 4, 4), 6, (5,))
+    inputs = make_activation(workload)
+    expected = activation.expected_results(activation.reference_unit(workload), inputs, "forward", tf32=False)
+    assert expected["result"].tolerance == tolerance(torch.float32, length=24, stages=6)

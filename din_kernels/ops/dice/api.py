@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
-from .function import DiceFunction, Running
+from . import torch_impl
+from .function import DiceFunction, Running, compute, is_eager
 
 MAX_WIDTH = 8192  # channels the kernels serve; the torch backend has no limit
 
@@ -126,15 +127,23 @@ def dice(
     _check(x, alpha, running, weight, bias, mask, training)
     served_by = choose_backend(backend, x)
     width = x.shape[-1]
-    rows = x.reshape(-1, width)
+    rows = x if x.dim() == 2 else x.reshape(-1, width)  # a view would be one more node for autograd to visit
     if training and mask is None and process_group is None and rows.shape[0] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     if alpha.shape != (width,):
         alpha = alpha.reshape(-1).expand(width)
     if mask is not None:
         mask = mask.reshape(-1) if training else None
-    y = DiceFunction.apply(rows, alpha, weight, bias, mask, running, training, process_group, served_by)
-    if training and running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+    call = (rows, alpha, weight, bias, mask, running, training, process_group, served_by)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4]):
+        y = DiceFunction.apply(*call)
+    elif not training and served_by == "torch" and is_eager(rows):
+        assert running_mean is not None
+        assert running_var is not None
+        y = torch_impl.inference(rows, alpha, weight, bias, running_mean, running_var, eps)
+    else:
+        y = compute(*call)[0]
+    if training and served_by == "triton" and not torch.compiler.is_compiling():
         # Autograd must notice a graph that was recorded with the old values and is used after this.
-        torch.autograd.graph.increment_version((running_mean, running_var))
-    return y.reshape(x.shape)
+        torch.autograd.graph.increment_version([t for t in (running_mean, running_var) if t is not None])
+    return y if x.dim() == 2 else y.reshape(x.shape)

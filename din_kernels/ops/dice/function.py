@@ -10,12 +10,14 @@ statistics normalised, which no gradient goes through.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..._library import define
 from . import torch_impl
@@ -50,9 +52,25 @@ def _three(x: Tensor) -> Tensor:
     return x.new_empty((3, x.shape[1]), dtype=wide_dtype(x.dtype))
 
 
+def _moments(x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    return _implementation(backend).moments(x, mask)
+
+
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *tensors, step_tensor, step, eps, backend = args
     return _implementation(backend).forward(*tensors, step if step_tensor is None else step_tensor, eps)
+
+
+def _evaluate(*args: Any) -> tuple[Tensor, Tensor]:
+    return _implementation(args[-1]).evaluate(*args[:-1])
+
+
+def _sums(*args: Any) -> Tensor:
+    return _implementation(args[-1]).sums(*args[:-1])
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor]:
+    return _implementation(args[-1]).backward(*args[:-1])
 
 
 _EVERYWHERE = "CompositeExplicitAutograd"
@@ -60,31 +78,63 @@ _PARAMETERS = "Tensor alpha, Tensor? weight, Tensor? bias"
 moments_op = define(
     "dice_moments(Tensor x, Tensor? mask, str backend) -> Tensor",
     fake=lambda x, *_: _three(x),
-    impls={_EVERYWHERE: lambda *args: _implementation(args[-1]).moments(*args[:-1])},
+    impls={_EVERYWHERE: torch.no_grad()(_moments)},
 )
 forward_op = define(
     f"dice_forward(Tensor x, Tensor? mask, Tensor? gathered, {_PARAMETERS}, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? tracked, Tensor? step_tensor, float step, float eps, str backend) "
     "-> (Tensor, Tensor)",
     fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
-    impls={_EVERYWHERE: _forward},
+    impls={_EVERYWHERE: torch.no_grad()(_forward)},
 )
 evaluate_op = define(
     f"dice_evaluate(Tensor x, {_PARAMETERS}, Tensor mean, Tensor var, float eps, str backend) -> (Tensor, Tensor)",
     fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
-    impls={_EVERYWHERE: lambda *args: _implementation(args[-1]).evaluate(*args[:-1])},
+    impls={_EVERYWHERE: torch.no_grad()(_evaluate)},
 )
 sums_op = define(
     f"dice_sums(Tensor grad, Tensor x, Tensor normaliser, {_PARAMETERS}, str backend) -> Tensor",
     fake=lambda grad, x, *_: _three(x),
-    impls={_EVERYWHERE: lambda *args: _implementation(args[-1]).sums(*args[:-1])},
+    impls={_EVERYWHERE: torch.no_grad()(_sums)},
 )
 backward_op = define(
     f"dice_backward(Tensor grad, Tensor x, Tensor? mask, Tensor normaliser, Tensor? gathered, {_PARAMETERS}, bool training, "
     "str backend) -> (Tensor, Tensor)",
     fake=lambda grad, x, *_: (x.new_empty(x.shape), _three(x)),
-    impls={_EVERYWHERE: lambda *args: _implementation(args[-1]).backward(*args[:-1])},
+    impls={_EVERYWHERE: torch.no_grad()(_backward)},
 )
+_RUN: dict[Any, Callable[..., Any]] = {
+    moments_op: _moments, forward_op: _forward, evaluate_op: _evaluate, sums_op: _sums, backward_op: _backward
+}  # fmt: skip
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether nobody traces or intercepts: plain tensors, no dispatch mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and _get_current_dispatch_mode() is None
+
+
+def _call(op: Any, x: Tensor, *rest: Any) -> Any:
+    """``op(x, ...)``; without a tracer directly what its dispatch leads to, which takes longer than a small kernel."""
+    return _RUN[op](x, *rest) if is_eager(x) else op(x, *rest)
+
+
+def compute(
+    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    running: Running, training: bool, group: Any, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [N, C], normaliser [3, C]) without a gradient; arguments of ``DiceFunction``."""
+    if not training:
+        return _call(evaluate_op, x, alpha, weight, bias, running.mean, running.var, running.eps, backend)
+    gathered = None if group is None else gather(_call(moments_op, x, mask, backend), group)
+    step_tensor = None
+    if running.momentum is None and running.tracked is not None:
+        step_tensor = 1.0 / (running.tracked + 1).to(wide_dtype(x.dtype))
+    return _call(
+        forward_op, x, mask, gathered, alpha, weight, bias, running.mean, running.var, running.tracked, step_tensor,
+        running.momentum or 0.0, running.eps, backend,
+    )  # fmt: skip
 
 
 def gather(three: Tensor, group: Any) -> Tensor:
@@ -110,17 +160,7 @@ class DiceFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
         running: Running, training: bool, group: Any, backend: str,
     ) -> Tensor:  # fmt: skip
-        if training:
-            gathered = None if group is None else gather(moments_op(x, mask, backend), group)
-            step_tensor = None
-            if running.momentum is None and running.tracked is not None:
-                step_tensor = 1.0 / (running.tracked + 1).to(wide_dtype(x.dtype))
-            y, normaliser = forward_op(
-                x, mask, gathered, alpha, weight, bias, running.mean, running.var, running.tracked, step_tensor,
-                running.momentum or 0.0, running.eps, backend,
-            )  # fmt: skip
-        else:
-            y, normaliser = evaluate_op(x, alpha, weight, bias, running.mean, running.var, running.eps, backend)
+        y, normaliser = compute(x, alpha, weight, bias, mask, running, training, group, backend)
         ctx.training, ctx.group, ctx.backend = training, group, backend
         ctx.save_for_backward(x, normaliser, alpha, weight, bias, mask)
         return y
@@ -131,9 +171,11 @@ class DiceFunction(torch.autograd.Function):
         x, normaliser, alpha, weight, bias, mask = ctx.saved_tensors
         local = gathered = None
         if ctx.training and ctx.group is not None:
-            local = sums_op(grad, x, normaliser, alpha, weight, bias, ctx.backend)
+            local = _call(sums_op, grad, x, normaliser, alpha, weight, bias, ctx.backend)
             gathered = gather(local, ctx.group)
-        dx, sums = backward_op(grad, x, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend)
+        dx, sums = _call(
+            backward_op, grad, x, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend
+        )
         # Parameters get the gradient of this process's rows; averaging them over processes is the trainer's business.
         d_bias, d_weight, d_alpha = (sums if local is None else local).unbind(0)
         return (

@@ -2,7 +2,7 @@
 
 Everything works on rows x [N, C]. Statistics are moments [3, C]: rows (count, mean, M2) with M2 = Σ(x − mean)², kept in
 float32 (float64 for float64) and merged by Chan's formula, never as E[x²] − E[x]²: ε = 1e-8 would drown in its rounding.
-Gradients are explicit, so nothing is recorded for autograd.
+Gradients are explicit: everything here runs where autograd records nothing.
 
 On a CPU rows are walked in chunks that stay in the cache, because the intermediate steps (there is no fusion here) would
 otherwise each go through memory; elsewhere a chunk is everything.
@@ -11,11 +11,12 @@ otherwise each go through memory; elsewhere a chunk is everything.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 16  # 256 KiB of float32: input, output and one temporary fit a core's second-level cache
+_CHUNK_ELEMENTS = 1 << 16  # 256 KiB of float32: input, output and a temporary fit a core's second-level cache
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,11 +24,20 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
-    rows, width = x.shape
-    step = max(1, _CHUNK_ELEMENTS // width) if x.device.type == "cpu" else max(1, rows)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
+def _chunks(*tensors: Tensor | None) -> Iterator[Any]:
+    """Matching chunks of rows of ``tensors`` (the first is never None)."""
+    first = tensors[0]
+    assert first is not None
+    rows, width = first.shape
+    if first.device.type != "cpu" or rows * width <= _CHUNK_ELEMENTS:
+        yield tensors
+        return
+    step = max(1, _CHUNK_ELEMENTS // width)
+    for start in range(0, rows, step):
+        yield tuple(None if t is None else t[start : start + step] for t in tensors)
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
 
 
 def merge(parts: Tensor) -> Tensor:
@@ -44,159 +54,195 @@ def merge(parts: Tensor) -> Tensor:
     return torch.stack((total, base + shift, (m2 + count * (away - shift).square()).sum(0)))
 
 
-@torch.no_grad()
-def moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(count, mean, M2) [3, C] of the rows of x [N, C] that ``mask`` [N] selects (None: all); zeros without rows.
+def _chunk_moments(values: Tensor, keep: Tensor | None) -> tuple[Tensor | float, Tensor, Tensor]:
+    """(count, mean, M2) of one chunk: two passes, and what rounding left of the first one's mean corrected by the second."""
+    if keep is None:
+        count: Tensor | float = float(values.shape[0])
+        at_least_one: Tensor | float = max(count, 1.0)
+        mean = values.sum(0).div_(at_least_one)
+        centred = values - mean
+    else:
+        keep = keep[:, None]
+        count = keep.sum(0, dtype=values.dtype)
+        at_least_one = count.clamp(min=1)
+        mean = values.masked_fill(~keep, 0).sum(0).div_(at_least_one)
+        centred = (values - mean).masked_fill_(~keep, 0)
+    left = centred.sum(0).div_(at_least_one)
+    m2 = centred.square_().sum(0).sub_(left.square().mul_(count)).clamp_(min=0)
+    return count, mean.add_(left), m2
 
-    Two passes over each chunk, and what rounding left of the first one's mean corrected by the second.
-    """
+
+def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor | float, Tensor, Tensor]:
+    """(count, mean, M2) of the rows that count; the count is a number where the host knows it."""
     wide = wide_dtype(x.dtype)
-    parts = []
-    for rows in _chunks(x):
-        values = x[rows].to(wide)
-        if mask is None:
-            count = values.new_full((x.shape[1],), values.shape[0])
-            mean = values.mean(0)
-            centred = values - mean
-        else:
-            keep = mask[rows, None]
-            count = keep.sum(0, dtype=wide).expand(x.shape[1])
-            mean = values.masked_fill(~keep, 0).sum(0) / count.clamp(min=1)
-            centred = (values - mean).masked_fill_(~keep, 0)
-        left = centred.sum(0) / count.clamp(min=1)
-        m2 = (centred.square_().sum(0) - count * left.square()).clamp_(min=0)
-        parts.append(torch.stack((count, mean + left, m2)))
-    if not parts:
-        return x.new_zeros((3, x.shape[1]), dtype=wide)
-    return parts[0] if len(parts) == 1 else merge(torch.stack(parts))
+    found = [_chunk_moments(values.to(wide), keep) for values, keep in _chunks(x, mask)]
+    if len(found) == 1:
+        return found[0]
+    count, mean, m2 = merge(torch.stack([_stack(*part) for part in found])).unbind(0)
+    return (count if mask is not None else float(x.shape[0])), mean, m2
+
+
+def _stack(count: Tensor | float, mean: Tensor, last: Tensor) -> Tensor:
+    first = count.expand_as(mean) if isinstance(count, Tensor) else torch.full_like(mean, count)
+    return torch.stack((first, mean, last))
+
+
+class Normaliser(NamedTuple):
+    """mean and 1/√(var + ε) [C]; 1/count ([C] or a number), 0 where running statistics serve."""
+
+    mean: Tensor
+    rstd: Tensor
+    inverse: Tensor | float
+
+    def packed(self) -> Tensor:
+        """[3, C], as the backward pass takes it."""
+        inverse = self.inverse
+        third = inverse if isinstance(inverse, Tensor) else torch.full_like(self.mean, inverse)
+        return torch.stack((self.mean, self.rstd, third))
+
+
+def _running_normaliser(mean: Tensor, var: Tensor, eps: float, wide: torch.dtype) -> Normaliser:
+    return Normaliser(mean.to(wide), var.to(wide).add(eps).rsqrt_(), 0.0)
 
 
 def _update(buffer: Tensor, value: Tensor, step: Tensor | float) -> None:
     """buffer += step·(value − buffer), computed in ``value``'s precision."""
-    buffer.add_(((value - buffer.to(value.dtype)) * step).to(buffer.dtype))
+    if buffer.dtype == value.dtype:
+        buffer.lerp_(value, step)
+    else:
+        buffer.add_(((value - buffer.to(value.dtype)) * step).to(buffer.dtype))
 
 
-def _normaliser(
-    batch: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    tracked: Tensor | None,
-    step: Tensor | float,
-    eps: float,
-) -> Tensor:
-    """What normalises, [3, C]: mean, 1/√(var + ε), and 1/count where the batch's moments ``batch`` [3, C] serve, else 0.
-
-    The running statistics serve (0 and 1 stand in for None), and stay as they are, where fewer than two rows count; else
-    they move by ``step``. Decided without asking the device.
-    """
-    count, mean, m2 = batch.unbind(0)
-    enough = count >= 2
-    old_mean = mean.new_zeros(()) if running_mean is None else running_mean.to(mean.dtype)
-    old_var = mean.new_ones(()) if running_var is None else running_var.to(mean.dtype)
-    inverse = torch.where(enough, 1 / count.clamp(min=1), 0)
-    result = torch.stack(
-        (torch.where(enough, mean, old_mean), torch.rsqrt(torch.where(enough, m2 * inverse, old_var) + eps), inverse)
-    )
+def _batch_normaliser(
+    count: Tensor | float, mean: Tensor, m2: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    tracked: Tensor | None, step: Tensor | float, eps: float,
+) -> Normaliser:  # fmt: skip
+    """The batch's moments normalise, and move the running statistics by ``step``; with fewer than two rows that count the
+    running statistics (0 and 1 stand in for None) normalise, and stay as they are."""
+    if not isinstance(count, Tensor) and count >= 2:
+        if running_mean is not None and running_var is not None:
+            _update(running_mean, mean, step)
+            _update(running_var, m2 / (count - 1), step)
+            if tracked is not None:
+                tracked.add_(1)
+        return Normaliser(mean, (m2 / count).add_(eps).rsqrt_(), 1 / count)
+    old_mean = torch.zeros_like(mean) if running_mean is None else running_mean.to(mean.dtype, copy=True)
+    old_var = torch.ones_like(mean) if running_var is None else running_var.to(mean.dtype, copy=True)
+    if not isinstance(count, Tensor):
+        return _running_normaliser(old_mean, old_var, eps, mean.dtype)
+    enough = count >= 2  # decided on the device
+    inverse = torch.where(enough, 1 / count.clamp(min=1), 0).expand_as(mean)
     if running_mean is not None and running_var is not None:
         step = enough.to(mean.dtype) * step
         _update(running_mean, mean, step)
         _update(running_var, m2 / (count - 1).clamp(min=1), step)
         if tracked is not None:
-            tracked.add_(enough[0].to(tracked.dtype))
-    return result
+            tracked.add_(enough.reshape(-1)[0].to(tracked.dtype))
+    var = torch.where(enough, m2 * inverse, old_var)
+    return Normaliser(torch.where(enough, mean, old_mean), var.add_(eps).rsqrt_(), inverse)
 
 
-def _apply(x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y = x·(α + (1 − α)·p) with p = σ(x̂·weight + bias), x̂ = (x − mean)·rstd; normaliser [3, C] from ``_normaliser``."""
-    wide = wide_dtype(x.dtype)
-    mean, rstd, _ = normaliser.to(wide).unbind(0)
-    alpha = alpha.to(wide)
-    slope = 1 - alpha
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for rows in _chunks(x):
-        values = x[rows].to(wide)
-        # The output is the workspace where it has the precision for it.
-        p = torch.sub(values, mean, out=y[rows]) if y.dtype == wide else values - mean
-        p.mul_(rstd)
-        if weight is not None:
-            assert bias is not None
-            torch.addcmul(bias.to(wide), p, weight.to(wide), out=p)
-        p.sigmoid_()
-        torch.addcmul(alpha, p, slope, out=p).mul_(values)
-        if y.dtype != wide:
-            y[rows] = p
-    return y
+# ---- forward and backward of rows -----------------------------------------------------------------------------------
 
 
-def _parts(
-    grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x̂, p, g·x and dz = g·x·(1 − α)·p·(1 − p) of some rows, where z is the argument of the sigmoid."""
-    mean, rstd, _ = normaliser.unbind(0)
-    normalised = (x - mean).mul_(rstd)
-    z = normalised if weight is None or bias is None else torch.addcmul(bias, normalised, weight)
-    p = torch.sigmoid(z)
-    product = grad * x
-    dz = (p - p * p).mul_(product).mul_(1 - alpha)
-    return normalised, p, product, dz
-
-
-@torch.no_grad()
-def sums(
-    grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Sums over all rows [3, C]: Σ dz, Σ dz·x̂, Σ g·x·(1 − p), which are also the gradients of bias, weight and α."""
-    wide = wide_dtype(x.dtype)
-    normaliser, alpha, weight, bias = _widen(wide, normaliser, alpha, weight, bias)
-    total = torch.zeros((3, x.shape[1]), dtype=wide, device=x.device)
-    for rows in _chunks(x):
-        normalised, p, product, dz = _parts(grad[rows].to(wide), x[rows].to(wide), normaliser, alpha, weight, bias)
-        total[0] += dz.sum(0)
-        total[1] += dz.mul_(normalised).sum(0)
-        total[2] += p.neg_().add_(1).mul_(product).sum(0)
-    return total
-
-
-def _gradient(
-    grad: Tensor,
+def _apply(
     x: Tensor,
-    mask: Tensor | None,
-    normaliser: Tensor,
-    total: Tensor,
+    normaliser: Normaliser,
     alpha: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """dx = g·(p + α(1 − p)) + rstd·w·(dz − [row counts]·(Σ dz + x̂·Σ dz·x̂)/count)."""
+    """y = p·x + (1 − p)·α·x with p = σ(x̂·weight + bias), x̂ = (x − mean)·rstd; in the memory of x if ``in_place``."""
     wide = wide_dtype(x.dtype)
-    normaliser, alpha, weight, bias = _widen(wide, normaliser, alpha, weight, bias)
-    _, rstd, inverse = normaliser.unbind(0)
-    scale = rstd if weight is None else rstd * weight
-    first, second = total[0] * inverse, total[1] * inverse
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for rows in _chunks(x):
-        g = grad[rows].to(wide)
-        normalised, p, _, dz = _parts(g, x[rows].to(wide), normaliser, alpha, weight, bias)
-        through = torch.addcmul(first, normalised, second, out=normalised)
-        if mask is not None:
-            through = through.masked_fill_(~mask[rows, None], 0)
-        through = dz.sub_(through).mul_(scale)
-        dx[rows] = torch.addcmul(alpha, p, 1 - alpha, out=p).mul_(g).add_(through)
-    return dx
+    mean, rstd, _ = normaliser
+    alpha = alpha.to(wide)
+    rate = rstd if weight is None else rstd * weight
+    chunks = list(_chunks(x))
+    y = None
+    if in_place:
+        y = x
+    elif len(chunks) > 1 or x.dtype != wide or not x.is_contiguous():
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    start = 0
+    for (values,) in chunks:
+        values = values.to(wide)
+        p = torch.sub(values, mean).mul_(rate)
+        if bias is not None:
+            p.add_(bias)
+        p.sigmoid_()
+        torch.lerp(values * alpha, values, p, out=p)
+        if y is None:
+            return p
+        y[start : start + values.shape[0]] = p
+        start += values.shape[0]
+    assert y is not None
+    return y
 
 
-def _widen(
-    wide: torch.dtype, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return (
-        normaliser.to(wide),
-        alpha.to(wide),
-        None if weight is None else weight.to(wide),
-        None if bias is None else bias.to(wide),
-    )
+class _Pieces(NamedTuple):
+    """Of a chunk: x − mean, p, g·x, and t = g·x·p·(1 − p)."""
+
+    centred: Tensor
+    p: Tensor
+    product: Tensor
+    t: Tensor
 
 
-@torch.no_grad()
+class _Backward:
+    """The two halves of the backward pass, which share what is constant along rows."""
+
+    def __init__(
+        self, wide: torch.dtype, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
+    ):
+        self.wide = wide
+        self.mean, self.rstd, self.inverse = normaliser.to(wide).unbind(0)
+        self.alpha = alpha.to(wide)
+        self.slope = self.alpha.neg().add_(1)
+        self.scale = self.rstd if weight is None else self.rstd * weight.to(wide)
+        self.offset = None if bias is None else bias.to(wide)
+
+    def pieces(self, g: Tensor, values: Tensor) -> _Pieces:
+        centred = values - self.mean
+        p = centred * self.scale
+        if self.offset is not None:
+            p.add_(self.offset)
+        p.sigmoid_()
+        product = g * values
+        return _Pieces(centred, p, product, torch.ops.aten.sigmoid_backward(product, p))
+
+    def sums(self, pieces: _Pieces) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ t, Σ t·(x − mean), Σ g·x·(1 − p) over the chunk."""
+        centred, p, product, t = pieces
+        return t.sum(0), (t * centred).sum(0), torch.addcmul(product, product, p, value=-1).sum(0)
+
+    def finished(self, sums: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """[3, C]: Σ dz, Σ dz·x̂, Σ g·x·(1 − p) from those of all chunks, dz = (1 − α)·t."""
+        direct, slanted, closed = sums[0]
+        for more in sums[1:]:
+            direct, slanted, closed = direct + more[0], slanted + more[1], closed + more[2]
+        return torch.stack((direct * self.slope, slanted.mul_(self.rstd).mul_(self.slope), closed))
+
+    def gradient(self, g: Tensor, pieces: _Pieces, keep: Tensor | None, total: Tensor, training: bool) -> Tensor:
+        """dx = g·(α + (1 − α)·p) + rstd·w·(dz − [row counts]·(Σ dz + x̂·Σ dz·x̂)/count)."""
+        centred, p, _, t = pieces
+        result = t.mul_(self.slope * self.scale)
+        if training:
+            share = self.scale * self.inverse
+            through = torch.addcmul(share * total[0], centred, share * total[1] * self.rstd, out=centred)
+            result.sub_(through if keep is None else through.masked_fill_(~keep[:, None], 0))
+        return result.addcmul_(torch.addcmul(self.alpha, p, self.slope, out=p), g)
+
+
+# ---- what the operators call ----------------------------------------------------------------------------------------
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(count, mean, M2) [3, C] of the rows of x [N, C] that ``mask`` [N] selects (None: all); zeros without rows."""
+    return _stack(*_moments(x, mask))
+
+
 def forward(
     x: Tensor, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, step: Tensor | float, eps: float,
@@ -206,23 +252,41 @@ def forward(
     gathered  moments [W, 3, C] of all processes, to be used instead of those of x; or None
     step      weight of this batch in the running statistics
     """
-    batch = moments(x, mask) if gathered is None else merge(gathered)
-    normaliser = _normaliser(batch, running_mean, running_var, tracked, step, eps)
-    return _apply(x, normaliser, alpha, weight, bias), normaliser
+    count, mean, m2 = _moments(x, mask) if gathered is None else merge(gathered).unbind(0)
+    normaliser = _batch_normaliser(count, mean, m2, running_mean, running_var, tracked, step, eps)
+    return _apply(x, normaliser, alpha, weight, bias), normaliser.packed()
 
 
-@torch.no_grad()
+def inference(
+    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float,
+    *, in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    """y [N, C] of ``evaluate`` alone; in the memory of x if ``in_place``."""
+    normaliser = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
+    return _apply(x, normaliser, alpha, weight, bias, in_place=in_place)
+
+
 def evaluate(
     x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
-    wide = wide_dtype(x.dtype)
-    mean, var = mean.to(wide), var.to(wide)
-    normaliser = torch.stack((mean, torch.rsqrt(var + eps), torch.zeros_like(mean)))
-    return _apply(x, normaliser, alpha, weight, bias), normaliser
+    normaliser = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
+    return _apply(x, normaliser, alpha, weight, bias), normaliser.packed()
 
 
-@torch.no_grad()
+def sums(
+    grad: Tensor, x: Tensor, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Sums over all rows [3, C]: Σ dz, Σ dz·x̂, Σ g·x·(1 − p), which are also the gradients of bias, weight and α.
+
+    dz = g·x·(1 − α)·p·(1 − p), the gradient of the sigmoid's argument.
+    """
+    half = _Backward(wide_dtype(x.dtype), normaliser, alpha, weight, bias)
+    return half.finished(
+        [half.sums(half.pieces(g.to(half.wide), values.to(half.wide))) for g, values in _chunks(grad, x)]
+    )
+
+
 def backward(
     grad: Tensor, x: Tensor, mask: Tensor | None, normaliser: Tensor, gathered: Tensor | None, alpha: Tensor,
     weight: Tensor | None, bias: Tensor | None, training: bool,
@@ -230,7 +294,22 @@ def backward(
     """(dx [N, C], sums [3, C] as from ``sums``).
 
     gathered  sums [W, 3, C] of all processes, to be used instead of those of x; or None
-    training  whether gradients may go through the batch's statistics
+    training  whether gradients go through the batch's statistics (where 1/count is not 0)
     """
-    total = sums(grad, x, normaliser, alpha, weight, bias) if gathered is None else gathered.sum(0)
-    return _gradient(grad, x, mask, normaliser, total, alpha, weight, bias), total
+    half = _Backward(wide_dtype(x.dtype), normaliser, alpha, weight, bias)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    chunks = [(g.to(half.wide), values, keep, target) for g, values, keep, target in _chunks(grad, x, mask, dx)]
+    kept = None
+    if gathered is None:
+        found = []
+        for g, values, _, _ in chunks:
+            kept = half.pieces(g, values.to(half.wide))
+            found.append(half.sums(kept))
+        total = half.finished(found)
+    else:
+        total = gathered.sum(0)
+    for g, values, keep, target in chunks:
+        # With one chunk the pieces are still there; of several they would not fit the cache and are made again.
+        pieces = kept if kept is not None and len(chunks) == 1 else half.pieces(g, values.to(half.wide))
+        target.copy_(half.gradient(g, pieces, keep, total, training))
+    return dx, total

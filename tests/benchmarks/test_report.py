@@ -26,7 +26,8 @@ def spread(value: float) -> Spread:
 
 def made(workload: str, measure: str, ratios: dict[str, float], suite: str = "local_activation") -> list[Record]:
     details = {
-        "batch": 8, "rows": 30, "padded_rows": 80, "dim": 4, "hidden": "36", "longest": 10, "interaction": "product", "activation": "sigmoid"
+        "batch": 8, "rows": 30, "padded_rows": 80, "longest": 10, "dim": 4, "hidden": "36", "interaction": "product",
+        "activation": "sigmoid",
     }  # fmt: skip
     fused = Record(
         suite, workload, measure, "float32", "fused", "ok", run="r", wall=spread(2e-3), ratio=Spread(1, 1, 1, 1, 9),

@@ -142,13 +142,9 @@ class Arena:
         self.compiling = 0.0  # seconds spent so far
         self.share = 1.0  # of the session, that may be spent when the current suite ends: see ``UNTIL``
 
-    @property
-    def cache_bytes(self) -> int:
-        """Last-level cache to exceed; a CPU's is not known to torch, 32 MiB is what a server's core complex has."""
-        return int(self.machine.cache) or 32 << 20
-
     def copies(self, inputs_bytes: int) -> int:
-        return 2 if self.options.smoke else smallest_cache_multiple(inputs_bytes, self.cache_bytes)
+        """How many copies of the inputs a race rotates through."""
+        return 2 if self.options.smoke else smallest_cache_multiple(inputs_bytes, int(self.machine.cache))
 
     def time_left(self) -> float:
         """Seconds in which the current suite may still begin a race."""

@@ -4,8 +4,8 @@
     python -m benchmarks.roofline --machine here   the same for this CPU: bandwidth and peaks measured now
 
 A floor counts what no implementation can avoid: every real behaviour row read once (padding is not), every result written
-once, the factorised first layer, one exponential and one reciprocal per sigmoid. Issue time needs machine code, so it comes
-from the recorded instruction counts (``results/static_budget.json``) where a kernel for the shape is recorded.
+once, the factorised first layer, one exponential and one reciprocal per sigmoid. Issue time is not of that kind: it takes the
+instructions a row of a given kernel (``results/static_budget.json``) and says how fast *that* kernel could be at best.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -105,8 +106,8 @@ def activation_floor(
 ) -> Floor:
     """Floor of one forward (or, with ``backward``, of the backward alone, recomputing the hidden layers).
 
-    rows: scored rows (candidates × behaviours); default from the workload's sampled lengths. per_row: recorded warp
-    instructions a row. Bytes: forward reads keys, queries and weights and writes the result; backward reads keys, queries
+    rows: scored rows (candidates × behaviours); default from the workload's sampled lengths. per_row: warp instructions a
+    row of a kernel, for the issue limit. Bytes: forward reads keys, queries and weights and writes the result; backward reads keys, queries
     and output gradients and writes gradients of keys and queries. With C candidates a list is read once. FLOP: with
     N rows, D columns, widths H1, H2 …: 2·N·D·H1 for A_b e, the later layers, pooling 2·N·D; per query 4·D·H1 for c_b and A_b
     ("product") or 2·D·H1 + 2·D²·H1 ("outer"). Backward does each product three times (recompute and two gradients).
@@ -177,6 +178,13 @@ def _best(function: Callable[[], object], seconds: float) -> float:
     return best
 
 
+def _last_level_cache() -> float:
+    """Bytes, from Linux' description of the first core; 32 MiB (a server's core complex) where it has none."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2.0**10, "M": 2.0**20}
+    return max((float(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2.0**20)
+
+
 def measure_cpu(seconds: float = 0.6) -> Machine:
     """Copy bandwidth, GEMM peaks and sigmoid rate of this CPU with torch's current number of threads, ``seconds`` each."""
     source = torch.randn(1 << 25)  # 128 MiB: beyond the last-level cache of most processors
@@ -192,7 +200,15 @@ def measure_cpu(seconds: float = 0.6) -> Machine:
     special = 2 * values.numel() / _best(lambda: torch.sigmoid(values, out=result), seconds)
     threads = torch.get_num_threads()
     return Machine(
-        f"CPU, {threads} threads", bandwidth, bf16, fp32, fp32, special, 0.0, 0.0, "all measured in this run"
+        f"CPU, {threads} threads",
+        bandwidth,
+        bf16,
+        fp32,
+        fp32,
+        special,
+        0.0,
+        _last_level_cache(),
+        "all measured in this run",
     )
 
 

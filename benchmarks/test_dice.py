@@ -128,7 +128,7 @@ def test_dice(arena: Arena, benchmark: Any, case: Case) -> None:
     if measure != "forward":
         dx, dalpha = torch.autograd.grad(y, (x, exact.alpha), first.grad.double())
         expected |= {"x": Expected(dx, rows), "alpha": Expected(dalpha, rows)}
-    cached = first.x.numel() * first.x.element_size() <= arena.cache_bytes / 2
+    cached = first.x.numel() * first.x.element_size() <= arena.machine.cache / 2
     floor = dice_floor(workload, dtype, cached=cached)
     if measure != "forward":
         floor = floor + dice_floor(workload, dtype, backward=True, cached=cached)

@@ -61,8 +61,9 @@ class Dice(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [..., C] -> the same; ``mask`` [...] bool selects the rows that count in the statistics of training."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+        """x [..., C] -> the same; ``mask`` [...] bool selects the rows that count in the statistics of training;
+        ``overwrite``: x is not needed afterwards (see ``functional.dice``)."""
         return dice(
             x,
             self.alpha,
@@ -76,6 +77,7 @@ class Dice(nn.Module):
             momentum=self.momentum,
             eps=self.eps,
             process_group=self.process_group,
+            overwrite=overwrite,
             backend=self.backend,
         )
 
@@ -104,9 +106,15 @@ def from_batch_norm_state(state: Mapping[str, Tensor], prefix: str = "") -> dict
 
 
 class LinearDice(nn.Module):
-    """A linear layer and the Dice after it, in place of the pair: ``linear.weight``, ``linear.bias``, ``dice.*``.
+    """A linear layer and the Dice after it, in place of the pair ``nn.Linear(...)``, ``Dice(...)`` of an MLP.
 
-    Args: as ``nn.Linear(in_features, out_features, bias)`` and ``Dice(out_features, eps, momentum, affine, backend)``.
+    Args:
+        in_features, out_features, bias: of the linear layer; the bias is added in the epilogue of its GEMM.
+        eps, momentum, affine, backend: of the Dice.
+
+    Without gradients Dice is folded into the layer's output: it takes one pass and no memory of its own (torch backend), or
+    one launch (Triton). ``state_dict``: ``linear.weight``, ``linear.bias``, and ``dice.*`` as in ``Dice``; that of an
+    ``nn.Sequential(linear, dice)`` fits after renaming ``0.`` to ``linear.`` and ``1.`` to ``dice.``.
     """
 
     def __init__(
@@ -124,7 +132,8 @@ class LinearDice(nn.Module):
         self.dice = Dice(out_features, eps, momentum, affine, backend)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.dice(self.linear(x), mask)
+        """x [..., in_features] -> [..., out_features]; ``mask`` [...] as for ``Dice``."""
+        return self.dice(self.linear(x), mask, overwrite=True)
 
 
 def convert_sync_dice(module: _Module, process_group: Any = None) -> _Module:

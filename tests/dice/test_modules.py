@@ -131,6 +131,26 @@ def test_linear_dice(affine, bias, backend, device):
         torch.testing.assert_close(q, p, msg=name)
 
 
+def test_overwrite(device):
+    """y lies in the memory of x where that was allowed and nothing needs x any more."""
+    module = Dice(6, backend="torch").to(device).eval()
+    for x, expected in (
+        (torch.randn(4, 5, 6, device=device), True),
+        (torch.randn(6, 4, device=device).t(), False),
+        (torch.randn(4, 6, device=device, dtype=torch.bfloat16), True),
+    ):
+        want = module(x)
+        with torch.no_grad():
+            y = module(x.clone(memory_format=torch.preserve_format), overwrite=False)
+            torch.testing.assert_close(y, want)
+            kept = x.clone(memory_format=torch.preserve_format)
+            y = module(kept, overwrite=True)
+        torch.testing.assert_close(y, want)
+        assert (y.data_ptr() == kept.data_ptr()) == expected
+        recorded = module(x, overwrite=True)  # gradients for alpha need x
+        assert recorded.data_ptr() != x.data_ptr()
+
+
 ERRORS = [
     ({"x": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "x must have dtype"),
     ({"x": [[1.0]]}, TypeError, "x must be a torch.Tensor"),

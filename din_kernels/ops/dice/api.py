@@ -15,10 +15,9 @@ MAX_WIDTH = 8192  # channels the kernels serve; the torch backend has no limit
 
 
 def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> None:
-    if value is not None:
-        _checks.check_tensor(
-            name, value, shape=(width,), dtypes=_checks.FLOAT_DTYPES, device=x.device, layout_hint=" [C]"
-        )
+    if value is None or (value.shape == (width,) and value.dtype in _checks.FLOAT_DTYPES and value.device == x.device):
+        return
+    _checks.check_tensor(name, value, shape=(width,), dtypes=_checks.FLOAT_DTYPES, device=x.device, layout_hint=" [C]")
 
 
 def _check(
@@ -92,6 +91,7 @@ def dice(
     momentum: float | None = 0.1,
     eps: float = 1e-8,
     process_group: Any = None,
+    overwrite: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Data-adaptive activation: ``y = p·x + (1 − p)·α·x``, ``p = σ((x − E[x]) / √(Var[x] + ε))`` (paper eq. 8-9).
@@ -112,6 +112,8 @@ def dice(
         momentum: weight of the new batch in the running statistics; None: the average over all batches.
         eps: ε; the paper's 1e-8 is kept exactly: statistics are never E[x²] − E[x]².
         process_group: statistics over the rows of all processes of this ``torch.distributed`` group.
+        overwrite: x is not needed afterwards: in evaluation, where no gradient is recorded, the torch backend then returns
+            y in the memory of x if that is contiguous. Has no effect elsewhere.
         backend: None, "triton" or "torch"; see ``din_kernels._backend``.
 
     Returns:
@@ -140,7 +142,9 @@ def dice(
     elif not training and served_by == "torch" and is_eager(rows):
         assert running_mean is not None
         assert running_var is not None
-        y = torch_impl.inference(rows, alpha, weight, bias, running_mean, running_var, eps)
+        y = torch_impl.inference(
+            rows, alpha, weight, bias, running_mean, running_var, eps, in_place=overwrite and rows.is_contiguous()
+        )
     else:
         y = compute(*call)[0]
     if training and served_by == "triton" and not torch.compiler.is_compiling():

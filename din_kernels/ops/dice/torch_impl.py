@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 16  # 256 KiB of float32: input, output and a temporary fit a core's second-level cache
+_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32: smaller chunks spend their time in the interpreter, larger ones in memory
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,26 +158,21 @@ def _apply(
     wide = wide_dtype(x.dtype)
     mean, rstd, _ = normaliser
     alpha = alpha.to(wide)
+    slope = alpha.neg().add_(1)
     rate = rstd if weight is None else rstd * weight
-    chunks = list(_chunks(x))
-    y = None
-    if in_place:
-        y = x
-    elif len(chunks) > 1 or x.dtype != wide or not x.is_contiguous():
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    start = 0
-    for (values,) in chunks:
+    y = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for values, target in _chunks(x, y):
         values = values.to(wide)
-        p = torch.sub(values, mean).mul_(rate)
+        # The output is the workspace where it has the precision for it and is not the input.
+        p = values - mean if in_place or y.dtype != wide else torch.sub(values, mean, out=target)
+        p.mul_(rate)
         if bias is not None:
             p.add_(bias)
-        p.sigmoid_()
-        torch.lerp(values * alpha, values, p, out=p)
-        if y is None:
-            return p
-        y[start : start + values.shape[0]] = p
-        start += values.shape[0]
-    assert y is not None
+        gate = torch.addcmul(alpha, p.sigmoid_(), slope, out=p)
+        if y.dtype == wide:
+            torch.mul(values, gate, out=target)
+        else:
+            target.copy_(gate.mul_(values))
     return y
 
 
@@ -212,27 +207,35 @@ class _Backward:
         product = g * values
         return _Pieces(centred, p, product, torch.ops.aten.sigmoid_backward(product, p))
 
-    def sums(self, pieces: _Pieces) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ t, Σ t·(x − mean), Σ g·x·(1 − p) over the chunk."""
+    def sums(self, pieces: _Pieces, all_three: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ t, Σ t·(x − mean), Σ g·x·(1 − p) over the chunk; the first two 0 if not ``all_three``."""
         centred, p, product, t = pieces
-        return t.sum(0), (t * centred).sum(0), torch.addcmul(product, product, p, value=-1).sum(0)
+        closed = torch.addcmul(product, product, p, value=-1).sum(0)
+        if not all_three:
+            return torch.zeros_like(closed), torch.zeros_like(closed), closed
+        return t.sum(0), (t * centred).sum(0), closed
 
     def finished(self, sums: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """[3, C]: Σ dz, Σ dz·x̂, Σ g·x·(1 − p) from those of all chunks, dz = (1 − α)·t."""
-        direct, slanted, closed = sums[0]
-        for more in sums[1:]:
-            direct, slanted, closed = direct + more[0], slanted + more[1], closed + more[2]
-        return torch.stack((direct * self.slope, slanted.mul_(self.rstd).mul_(self.slope), closed))
+        direct, slanted, closed = (
+            sums[0] if len(sums) == 1 else (torch.stack(some).sum(0) for some in zip(*sums, strict=True))
+        )
+        return torch.stack((direct * self.slope, (slanted * self.rstd).mul_(self.slope), closed))
 
-    def gradient(self, g: Tensor, pieces: _Pieces, keep: Tensor | None, total: Tensor, training: bool) -> Tensor:
-        """dx = g·(α + (1 − α)·p) + rstd·w·(dz − [row counts]·(Σ dz + x̂·Σ dz·x̂)/count)."""
+    def gradient(self, g: Tensor, pieces: _Pieces, keep: Tensor | None, total: Tensor | None, target: Tensor) -> None:
+        """dx = g·(α + (1 − α)·p) + rstd·w·(dz − [row counts]·(Σ dz + x̂·Σ dz·x̂)/count), from ``total`` as ``finished``
+        gives it; without the last term where it is None."""
         centred, p, _, t = pieces
         result = t.mul_(self.slope * self.scale)
-        if training:
+        if total is not None:
             share = self.scale * self.inverse
             through = torch.addcmul(share * total[0], centred, share * total[1] * self.rstd, out=centred)
             result.sub_(through if keep is None else through.masked_fill_(~keep[:, None], 0))
-        return result.addcmul_(torch.addcmul(self.alpha, p, self.slope, out=p), g)
+        gate = torch.addcmul(self.alpha, p, self.slope, out=p)
+        if target.dtype == self.wide:
+            torch.addcmul(result, gate, g, out=target)
+        else:
+            target.copy_(result.addcmul_(gate, g))
 
 
 # ---- what the operators call ----------------------------------------------------------------------------------------
@@ -299,6 +302,13 @@ def backward(
     half = _Backward(wide_dtype(x.dtype), normaliser, alpha, weight, bias)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chunks = [(g.to(half.wide), values, keep, target) for g, values, keep, target in _chunks(grad, x, mask, dx)]
+    if not training:  # one pass does it
+        found = []
+        for g, values, _, target in chunks:
+            pieces = half.pieces(g, values.to(half.wide))
+            found.append(half.sums(pieces, all_three=weight is not None))
+            half.gradient(g, pieces, None, None, target)
+        return dx, half.finished(found)
     kept = None
     if gathered is None:
         found = []
@@ -311,5 +321,5 @@ def backward(
     for g, values, keep, target in chunks:
         # With one chunk the pieces are still there; of several they would not fit the cache and are made again.
         pieces = kept if kept is not None and len(chunks) == 1 else half.pieces(g, values.to(half.wide))
-        target.copy_(half.gradient(g, pieces, keep, total, training))
+        half.gradient(g, pieces, keep, total, target)
     return dx, total

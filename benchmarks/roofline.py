@@ -107,10 +107,11 @@ def activation_floor(
     """Floor of one forward (or, with ``backward``, of the backward alone, recomputing the hidden layers).
 
     rows: scored rows (candidates × behaviours); default from the workload's sampled lengths. per_row: warp instructions a
-    row of a kernel, for the issue limit. Bytes: forward reads keys, queries and weights and writes the result; backward reads keys, queries
-    and output gradients and writes gradients of keys and queries. With C candidates a list is read once. FLOP: with
-    N rows, D columns, widths H1, H2 …: 2·N·D·H1 for A_b e, the later layers, pooling 2·N·D; per query 4·D·H1 for c_b and A_b
-    ("product") or 2·D·H1 + 2·D²·H1 ("outer"). Backward does each product three times (recompute and two gradients).
+    row of a kernel, for the issue limit. Bytes: forward reads keys, queries and weights and writes the result; backward
+    reads keys, queries and output gradients and writes gradients of keys and queries. With C candidates a list is read
+    once. FLOP: with N rows, D columns, widths H1, H2 …: 2·N·D·H1 for A_b e, the later layers, pooling 2·N·D; per query
+    4·D·H1 for c_b and A_b ("product") or 2·D·H1 + 2·D²·H1 ("outer"). Backward does each product three times (recompute
+    and two gradients).
     """
     size = torch.empty(0, dtype=dtype).element_size()
     rows = activation_rows(workload) if rows is None else rows

@@ -71,8 +71,10 @@ def test_a_run_at_every_place(run, device, small_chunks):
 
 @pytest.mark.parametrize(
     ("width", "optimizer"),
-    [*((width, "rowwise_adagrad") for width in (1, 2, 7, 8, 16, 18, 31, 32, 33, 100, 128, 257, 1024))]
-    + [(1, "adam"), (18, "adam"), (257, "adam")],
+    [
+        *((width, "rowwise_adagrad") for width in (1, 2, 7, 8, 16, 18, 31, 32, 33, 100, 128, 257, 1024)),
+        *((width, "adam") for width in (1, 18, 257)),
+    ],
 )
 def test_widths(width, optimizer, backend, device, small_chunks):
     problem(torch.tensor([2, 0, 2, 2, 1, 2, 2]), width, optimizer=optimizer, device=device).check(backend)

@@ -95,33 +95,33 @@ class PreparedUpdate:
     coupled: bool
     backend: str
 
-    @torch.no_grad()
     def run(self) -> None:
         names = STATE_NAMES[self.optimizer]
         lr, scale = self.lr, self.grad_scale
-        function._apply_op(
-            self.weight.detach(),
-            self.state[names[0]] if names else None,
-            self.state[names[1]] if len(names) > 1 else None,
-            self.state.get("step"),
-            self.plan.keys,
-            self.plan.order,
-            self.grad,
-            self.occurrences,
-            lr if isinstance(lr, Tensor) else None,
-            scale if isinstance(scale, Tensor) else None,
-            self.seed,
-            self.found_inf,
-            0.0 if isinstance(lr, Tensor) else float(lr),
-            0.0 if isinstance(scale, Tensor) else float(scale),
-            self.reg_lambda,
-            self.eps,
-            *self.betas,
-            self.optimizer,
-            self.regularizer,
-            self.coupled,
-            self.backend,
-        )
+        with torch.no_grad():  # as a decorator it would break graphs under torch.compile
+            function._apply_op(
+                self.weight.detach(),
+                self.state[names[0]] if names else None,
+                self.state[names[1]] if len(names) > 1 else None,
+                self.state.get("step"),
+                self.plan.keys,
+                self.plan.order,
+                self.grad,
+                self.occurrences,
+                lr if isinstance(lr, Tensor) else None,
+                scale if isinstance(scale, Tensor) else None,
+                self.seed,
+                self.found_inf,
+                0.0 if isinstance(lr, Tensor) else float(lr),
+                0.0 if isinstance(scale, Tensor) else float(scale),
+                self.reg_lambda,
+                self.eps,
+                *self.betas,
+                self.optimizer,
+                self.regularizer,
+                self.coupled,
+                self.backend,
+            )
         if not torch.compiler.is_compiling():
             # Autograd must notice a graph that was recorded with the old values and is used after this.
             torch.autograd.graph.increment_version(self.weight)

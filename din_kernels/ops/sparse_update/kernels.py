@@ -192,11 +192,11 @@ def update_chunks(
     if HAS_FOUND_INF:
         run = run & (tl.load(found_inf) == 0.0)
     if run:
-        # New names: a branch may not turn a pointer that exists outside it into a number.
+        # New names: in Triton a branch may not turn a pointer that exists outside it into a number.
         rate = _scalar(lr, LR_POINTER)
         scale = _scalar(grad_scale, SCALE_POINTER)
         correction = _scalar(bias, BIAS_POINTER)
-        noise_seed = _scalar(seed, SEED_POINTER)
+        salt = _scalar(seed, SEED_POINTER)
         cols = tl.arange(0, BLOCK_D)
         chunk = first + tl.arange(0, LANES)
         i = chunk * CHUNK
@@ -246,26 +246,26 @@ def update_chunks(
             total, count, early = _visit(
                 total, count, early, key, key1, live0, g0, w0, a0, b0, n0,
                 weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w,
-                rate, scale, reg_lambda, eps, beta1, beta2, correction, noise_seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
+                rate, scale, reg_lambda, eps, beta1, beta2, correction, salt, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
             )  # fmt: skip
             last = key
             if UNROLL >= 2:
                 total, count, early = _visit(
                     total, count, early, key1, key2, live1, g1, w1, a1, b1, n1,
                     weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, rate, scale,
-                    reg_lambda, eps, beta1, beta2, correction, noise_seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
+                    reg_lambda, eps, beta1, beta2, correction, salt, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
                 )  # fmt: skip
                 last = key1
             if UNROLL >= 4:
                 total, count, early = _visit(
                     total, count, early, key2, key3, live2, g2, w2, a2, b2, n2,
                     weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, rate, scale,
-                    reg_lambda, eps, beta1, beta2, correction, noise_seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
+                    reg_lambda, eps, beta1, beta2, correction, salt, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
                 )  # fmt: skip
                 total, count, early = _visit(
                     total, count, early, key3, following, live3, g3, w3, a3, b3, n3,
                     weight, state0, state1, carry_in, counts_in, chunk, cols, stride_w, rate, scale,
-                    reg_lambda, eps, beta1, beta2, correction, noise_seed, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
+                    reg_lambda, eps, beta1, beta2, correction, salt, D, OPTIMIZER, REGULARIZER, COUPLED, ROUNDING,
                 )  # fmt: skip
                 last = key3
             i += UNROLL

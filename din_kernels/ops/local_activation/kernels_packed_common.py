@@ -113,3 +113,13 @@ def load_rows(matrix, row, d, live, stride, D: tl.constexpr, CONTIGUOUS: tl.cons
     if CONTIGUOUS:
         return tl.load(matrix + row[:, None] * D + d[None, :], mask=wanted, other=0.0)
     return tl.load(matrix + row.to(tl.int64)[:, None] * stride + d[None, :], mask=wanted, other=0.0)
+
+
+@triton.jit
+def tile_borders(first_slot, tile_first, tile, first, queries):
+    """(begins, ends, continued): segments begins … ends − 1 of the tile lie wholly in it. A segment before ``begins``
+    comes from the tile before, and segment ``ends``, where ``continued``, goes on in the next one."""
+    follower = tl.load(tile_first + tile + 1)
+    begins = (tl.load(first_slot + first) < tile * TILE).to(tl.int32)
+    continued = (follower < queries) & (tl.load(first_slot + follower) < (tile + 1) * TILE)
+    return begins, follower - first, continued

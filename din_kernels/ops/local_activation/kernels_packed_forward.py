@@ -21,6 +21,7 @@ from .kernels_packed_common import (
     load_vector,
     product,
     scale_of,
+    tile_borders,
 )
 
 
@@ -189,11 +190,7 @@ def forward_packed(
         if SOFTMAX:
             denominator = tl.sum(parts, axis=1)
 
-        # The first list may come from the tile before, and the last go on in the next one.
-        follower = tl.load(tile_first + tile + 1)
-        begins = (tl.load(first_slot + first) < tile * TILE).to(tl.int32)
-        ends = follower - first
-        continued = (follower < queries) & (tl.load(first_slot + follower) < (tile + 1) * TILE)
+        begins, ends, continued = tile_borders(first_slot, tile_first, tile, first, queries)
         whole = (segment >= begins) & (segment < ends)
         part = ((segment == 0) & (begins > 0)) | ((segment == ends) & continued)
         at_carry = 2 * tile + tl.where(segment >= begins, 1, 0)

@@ -152,9 +152,21 @@ def _zeros(tensors: UnitTensors) -> UnitGradients:
     )  # fmt: skip
 
 
-def _own(piece: Tensor, parameter: Tensor) -> Tensor:
+def own(piece: Tensor, parameter: Tensor) -> Tensor:
     """``piece`` of the sums as a gradient of ``parameter``, in its own memory: an operator's results may not alias."""
     return piece.view(parameter.shape).to(parameter.dtype, copy=True)
+
+
+def dice_sums(
+    config: UnitConfig, tensors: UnitTensors, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None,
+    inv_count: Tensor,
+) -> Tensor:  # fmt: skip
+    """Σ dx̂ and Σ dx̂ · x̂ of every Dice layer, times 1 / count: [H1, H1, H2, H2, …] flat. What batch statistics add
+    to the gradients."""
+    work = _Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+    for layer in reversed(range(len(config.hidden_units))):
+        work.gather(layer)
+    return work.sums
 
 
 def backward(
@@ -193,16 +205,16 @@ def backward(
     grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, first)
 
     weights = [grad_first]
-    weights += [_own(matrices[i], w) for i, w in enumerate(tensors.weights[1:-1])]
-    weights.append(_own(out_weight, tensors.weights[-1]))
+    weights += [own(matrices[i], w) for i, w in enumerate(tensors.weights[1:-1])]
+    weights.append(own(out_weight, tensors.weights[-1]))
     biases: list[Tensor | None] = [grad_bias]
     for value, bias in zip([*of_layers[2::2], out_bias], tensors.biases[1:], strict=True):
-        biases.append(None if bias is None else _own(value, bias))
+        biases.append(None if bias is None else own(value, bias))
     alphas: list[Tensor | None] = []
     for value, alpha in zip(of_layers[1::2], tensors.alphas, strict=True):
         if alpha is None:
             alphas.append(None)
         else:
             total = value.sum() if alpha.numel() == 1 and value.numel() > 1 else value
-            alphas.append(_own(total, alpha))
+            alphas.append(own(total, alpha))
     return UnitGradients(grad_query, grad_keys, weights, biases, alphas)

@@ -1,0 +1,490 @@
+"""Packed kernels, backward, in the order they run.
+
+* ``backward_scores`` computes a tile's forward again and goes down to dz1. It leaves, of each slot, a and dz1, with two
+  layers h1 and dz2 (in the keys' dtype), and per program vectors summed over its tiles, such as Σ ds · h of the top layer.
+* ``backward_inputs``: de = a g + dz1 (W_k − W_d) + (dz1 W_p) ∘ v, once per row; and sums per list, [Q, D + H1] with a
+  carry as in forward: Σ (dz1 W_p) ∘ e, which is the product's part of dv, and γ = Σ dz1.
+* ``first_layer_sums``, ``second_layer_sums``: Σ dz1 eᵀ, Σ dz1 (v∘e)ᵀ and Σ dz2 h1ᵀ, per program.
+
+One kernel for all of it would need twice the registers there are, and computing the forward again in each would cost
+more than reading dz1. The host hands tiles over in batches so small that what lies between the kernels stays in the L2
+cache, and memory is bounded whatever the number of rows.
+
+For sigmoid, weights come multiplied by −log₂e (``scale_of``); what passes back through them is divided by that, once
+for a row (dz2 is stored so divided) or for a sum.
+"""
+
+import triton
+import triton.language as tl
+
+from .kernels_common import DICE, PRELU, RELU, SIGMOID
+from .kernels_packed_common import (
+    LN_2,
+    LOG2_E,
+    SEGMENTS,
+    TILE,
+    activate,
+    load_activation,
+    load_first_layer,
+    load_matrix,
+    load_rows,
+    load_vector,
+    product,
+    reciprocal,
+    scale_of,
+    tile_borders,
+)
+from .kernels_packed_forward import first_layer
+
+
+@triton.jit
+def unscale(ACT: tl.constexpr):
+    return -LN_2 if ACT == SIGMOID else 1.0
+
+
+@triton.jit
+def through_activation(dh, z, h, live, alpha, mean, rstd, sums, n, H: tl.constexpr, ACT: tl.constexpr,
+                       BATCH_STATISTICS: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """(dz, terms of α's gradient or dz again where there is no α). ``sums``: Dice's two, divided by the count."""
+    if ACT == SIGMOID:
+        h = h.to(tl.float32)
+        dz = dh * (h * (1.0 - h))
+        return dz, dz
+    elif ACT == RELU:
+        dz = tl.where(z <= 0, 0.0, dh)
+        return dz, dz
+    elif ACT == PRELU:
+        a = load_vector(alpha, n, H, True)[None, :]
+        return tl.where(z <= 0, dh * a, dh), tl.where(z <= 0, dh * z, 0.0)
+    else:
+        a, slope, shift = load_activation(alpha, mean, rstd, n, H, ACT)
+        a = a[None, :]
+        turn = z * slope[None, :] + shift[None, :]  # −x̂ · log₂e
+        p = reciprocal(1.0 + tl.exp2(turn), FAST)
+        dh_z = dh * z
+        dx = dh_z * (1.0 - a) * (p * (1.0 - p))
+        if BATCH_STATISTICS:
+            of_mean = load_vector(sums, n, H, True)[None, :]
+            of_deviation = load_vector(sums + H, n, H, True)[None, :]
+            dx = dx - of_mean + turn * (LN_2 * of_deviation)
+        dz = dh * (p + a * (1.0 - p)) - (slope * LN_2)[None, :] * dx
+        if BATCH_STATISTICS:
+            dz = tl.where(live[:, None], dz, 0.0)  # dh is 0 in an empty slot, a share of the means is not
+        return dz, dh_z * (1.0 - p)
+
+
+@triton.jit
+def store_segments(sums, n, first, segment, whole, part, at_carry, at, target, carry, N: tl.constexpr,
+                   WIDTH: tl.constexpr):  # fmt: skip
+    """Sums of a tile's segments into columns ``at`` + n of rows WIDTH wide."""
+    inside = (n < N)[None, :]
+    columns = (at + n)[None, :]
+    tl.store(carry + at_carry.to(tl.int64)[:, None] * WIDTH + columns, sums, mask=part[:, None] & inside)
+    tl.store(target + (first + segment).to(tl.int64)[:, None] * WIDTH + columns, sums, mask=whole[:, None] & inside)
+
+
+@triton.jit
+def add_vector(totals, n, target, N: tl.constexpr):
+    """target [N] += Σ over rows of ``totals`` [TILE, n]; memory that this program alone owns."""
+    wanted = n < N
+    tl.store(target + n, tl.load(target + n, mask=wanted, other=0.0) + tl.sum(totals, axis=0), mask=wanted)
+
+
+@triton.jit
+def add_matrix(totals, n, d, target, N: tl.constexpr, D: tl.constexpr):
+    """target [N, D] += ``totals`` [n, d]; memory that this program alone owns."""
+    at = target + n[:, None] * D + d[None, :]
+    wanted = (n < N)[:, None] & (d < D)[None, :]
+    tl.store(at, tl.load(at, mask=wanted, other=0.0) + totals, mask=wanted)
+
+
+@triton.jit(do_not_specialize=["queries", "first_tile", "end_tile"])
+def backward_scores(
+    keys, query, weight1, bias1, alpha1, mean1, rstd1, weight2, bias2, alpha2, mean2, rstd2, weight_out, bias_out,
+    first_slot, tile_first, slot_query, slot_row, grad_pooled, grad_weights, log_normaliser, delta, sums1, sums2,
+    attention, vectors, dz1, h1, dz2,
+    key_stride, queries, scale, first_tile, end_tile,
+    D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
+    H2: tl.constexpr, A2: tl.constexpr, R2: tl.constexpr, ACT: tl.constexpr, BIASES: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    """Tiles first_tile … end_tile − 1, each program every P-th. ``attention`` [·], ``dz1``, ``h1`` [·, A1 + R1] and
+    ``dz2`` [·, A2 + R2] begin with the slots of first_tile. A program's row of ``vectors``, zero at first and added to:
+    [Σ ds · h_top, Σ ds, α1, α2], of widths [H_top, 1, H1 and H2 with PReLU and Dice]."""
+    dtype: tl.constexpr = keys.dtype.element_ty
+    OUT_BIAS: tl.constexpr = 4 if H2 > 0 else 2
+    TOP: tl.constexpr = H2 if H2 > 0 else H1
+    HAS_ALPHA: tl.constexpr = (ACT == PRELU) or (ACT == DICE)
+    W1: tl.constexpr = A1 + R1
+    W2: tl.constexpr = A2 + R2
+    AT_ALPHA: tl.constexpr = TOP + 1
+    d_a = tl.arange(0, AD)
+    d_r = AD + tl.arange(0, RD if RD > 0 else 16)
+    n_a = tl.arange(0, A1)
+    k_aa, p_aa, q_aa = load_first_layer(weight1, d_a, n_a, D, H1, ACT, dtype)
+    k_ra, p_ra, q_ra = k_aa, p_aa, q_aa
+    if RD > 0:
+        k_ra, p_ra, q_ra = load_first_layer(weight1, d_r, n_a, D, H1, ACT, dtype)
+    n_r, k_ar, p_ar, q_ar, k_rr, p_rr, q_rr = n_a, k_aa, p_aa, q_aa, k_ra, p_ra, q_ra
+    if R1 > 0:
+        n_r = A1 + tl.arange(0, R1)
+        k_ar, p_ar, q_ar = load_first_layer(weight1, d_a, n_r, D, H1, ACT, dtype)
+        k_rr, p_rr, q_rr = k_ar, p_ar, q_ar
+        if RD > 0:
+            k_rr, p_rr, q_rr = load_first_layer(weight1, d_r, n_r, D, H1, ACT, dtype)
+    top_a = n_a
+    top_r = n_r
+    if H2 > 0:
+        m_a = tl.arange(0, A2)
+        m_r = m_a
+        w2_aa = (load_matrix(weight2, n_a, m_a, H1, H1, H2) * scale_of(ACT)).to(dtype)
+        if R1 > 0:
+            w2_ra = (load_matrix(weight2, n_r, m_a, H1, H1, H2) * scale_of(ACT)).to(dtype)
+        if R2 > 0:
+            m_r = A2 + tl.arange(0, R2)
+            w2_ar = (load_matrix(weight2, n_a, m_r, H1, H1, H2) * scale_of(ACT)).to(dtype)
+            if R1 > 0:
+                w2_rr = (load_matrix(weight2, n_r, m_r, H1, H1, H2) * scale_of(ACT)).to(dtype)
+        top_a = m_a
+        top_r = m_r
+    out_bias = tl.full([], 0.0, tl.float32)
+    if BIASES & OUT_BIAS:
+        out_bias = tl.load(bias_out).to(tl.float32)
+    TOP_R: tl.constexpr = R2 if H2 > 0 else R1
+
+    lane = tl.arange(0, TILE)
+    segment = tl.arange(0, SEGMENTS)
+    # Summed over rows only at the end.
+    out_total_a = tl.zeros([TILE, top_a.shape[0]], tl.float32)
+    out_total_r = tl.zeros([TILE, top_r.shape[0]], tl.float32)
+    alpha1_total_a = tl.zeros([TILE, A1], tl.float32)
+    alpha1_total_r = tl.zeros([TILE, n_r.shape[0]], tl.float32)
+    if H2 > 0:
+        alpha2_total_a = tl.zeros([TILE, A2], tl.float32)
+        alpha2_total_r = tl.zeros([TILE, m_r.shape[0]], tl.float32)
+    ds_total = tl.zeros([TILE], tl.float32)
+
+    num_slots = tl.load(first_slot + queries)
+    end_tile = tl.minimum(end_tile, (num_slots + TILE - 1) // TILE)
+    for tile in tl.range(first_tile + tl.program_id(0), end_tile, tl.num_programs(0)):
+        slot = tile * TILE + lane
+        q = tl.load(slot_query + slot)
+        row = tl.load(slot_row + slot)
+        live = q >= 0
+        e_a = load_rows(keys, row, d_a, live, key_stride, D, CONTIGUOUS)
+        v_a = load_rows(query, q, d_a, live, D, D, True)
+        ve_a = product(v_a, e_a, FAST)
+        # ∂L/∂a = g · e, with g of the tile's few lists rather than of each row.
+        first = tl.load(tile_first + tile)
+        its_q = first + segment
+        g_a = load_rows(grad_pooled, its_q, d_a, its_q < queries, D, D, True)
+        crossed = tl.dot(e_a, tl.trans(g_a), input_precision=PRECISION)  # [TILE, SEGMENTS]
+        e_r, v_r, ve_r = e_a, v_a, ve_a
+        if RD > 0:
+            e_r = load_rows(keys, row, d_r, live, key_stride, D, CONTIGUOUS)
+            v_r = load_rows(query, q, d_r, live, D, D, True)
+            ve_r = product(v_r, e_r, FAST)
+            g_r = load_rows(grad_pooled, its_q, d_r, its_q < queries, D, D, True)
+            crossed = tl.dot(e_r, tl.trans(g_r), crossed, input_precision=PRECISION)
+        ds = tl.sum(tl.where((q - first)[:, None] == segment[None, :], crossed, 0.0), axis=1)
+
+        # Forward again. Vectors are loaded where they are used: to keep them would take the registers of a tile.
+        b1_a = load_vector(bias1, n_a, H1, (BIASES & 1) > 0) * scale_of(ACT)
+        z_a = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_aa, p_aa, q_aa, k_ra, p_ra, q_ra, b1_a, RD, PRECISION)
+        c0, c1, c2 = load_activation(alpha1, mean1, rstd1, n_a, H1, ACT)
+        h_a = activate(z_a, c0, c1, c2, ACT, FAST)
+        if H2 > 0:
+            h_a = h_a.to(dtype)  # what the next layer sees; half the registers
+        z_r, h_r = z_a, h_a
+        if R1 > 0:
+            b1_r = load_vector(bias1, n_r, H1, (BIASES & 1) > 0) * scale_of(ACT)
+            z_r = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_ar, p_ar, q_ar, k_rr, p_rr, q_rr, b1_r, RD, PRECISION)
+            c0, c1, c2 = load_activation(alpha1, mean1, rstd1, n_r, H1, ACT)
+            h_r = activate(z_r, c0, c1, c2, ACT, FAST)
+            if H2 > 0:
+                h_r = h_r.to(dtype)
+        t_a, t_r, y_a, y_r = h_a, h_r, z_a, z_r  # of the top layer: h and z
+        if H2 > 0:
+            here = (slot - first_tile * TILE)[:, None]
+            tl.store(h1 + here * W1 + n_a[None, :], h_a)
+            b2_a = load_vector(bias2, m_a, H2, (BIASES & 2) > 0) * scale_of(ACT)
+            y_a = tl.dot(h_a, w2_aa, tl.broadcast_to(b2_a[None, :], [TILE, A2]), input_precision=PRECISION)
+            if R1 > 0:
+                tl.store(h1 + here * W1 + n_r[None, :], h_r)
+                y_a = tl.dot(h_r, w2_ra, y_a, input_precision=PRECISION)
+            c0, c1, c2 = load_activation(alpha2, mean2, rstd2, m_a, H2, ACT)
+            t_a = activate(y_a, c0, c1, c2, ACT, FAST)
+            y_r, t_r = y_a, t_a
+            if R2 > 0:
+                b2_r = load_vector(bias2, m_r, H2, (BIASES & 2) > 0) * scale_of(ACT)
+                y_r = tl.dot(h_a, w2_ar, tl.broadcast_to(b2_r[None, :], [TILE, R2]),
+                             input_precision=PRECISION)  # fmt: skip
+                if R1 > 0:
+                    y_r = tl.dot(h_r, w2_rr, y_r, input_precision=PRECISION)
+                c0, c1, c2 = load_activation(alpha2, mean2, rstd2, m_r, H2, ACT)
+                t_r = activate(y_r, c0, c1, c2, ACT, FAST)
+        out_a = load_vector(weight_out, top_a, TOP, True)
+        out_r = load_vector(weight_out, top_r, TOP, True)
+        a = tl.sum(t_a * out_a[None, :], axis=1) + out_bias
+        if TOP_R > 0:
+            a += tl.sum(t_r * out_r[None, :], axis=1)
+
+        # From the loss to the score.
+        if HAS_GRAD_WEIGHTS:
+            ds += tl.load(grad_weights + row, mask=live, other=0.0).to(tl.float32)
+        if SOFTMAX:
+            normaliser = tl.load(log_normaliser + q, mask=live, other=0.0)
+            a = tl.exp2((a * scale - normaliser) * LOG2_E)
+            ds = scale * a * (ds - tl.load(delta + q, mask=live, other=0.0))
+        a = tl.where(live, a, 0.0)
+        ds = tl.where(live, ds, 0.0)
+        ds_total += ds
+        tl.store(attention + slot - first_tile * TILE, a)
+
+        # Down through the layers.
+        top_ds = ds
+        if H2 > 0:
+            top_ds = ds * unscale(ACT)
+        out_total_a += t_a * ds[:, None]
+        if TOP_R > 0:
+            out_total_r += t_r * ds[:, None]
+        # Loaded a second time, which costs less than to keep it.
+        dh_a = top_ds[:, None] * load_vector(weight_out, top_a, TOP, True)[None, :]
+        dh_r = top_ds[:, None] * load_vector(weight_out, top_r, TOP, True)[None, :]
+        if H2 > 0:
+            dy_a, of_alpha = through_activation(dh_a, y_a, t_a, live, alpha2, mean2, rstd2, sums2, m_a, H2, ACT,
+                                                BATCH_STATISTICS, FAST)  # fmt: skip
+            dy_a = dy_a.to(dtype)
+            tl.store(dz2 + here * W2 + m_a[None, :], dy_a)
+            if HAS_ALPHA:
+                alpha2_total_a += of_alpha
+            dh_a = tl.dot(dy_a, tl.trans(w2_aa), input_precision=PRECISION)
+            if R1 > 0:
+                dh_r1 = tl.dot(dy_a, tl.trans(w2_ra), input_precision=PRECISION)
+            if R2 > 0:
+                dy_r, of_alpha = through_activation(dh_r, y_r, t_r, live, alpha2, mean2, rstd2, sums2, m_r, H2, ACT,
+                                                    BATCH_STATISTICS, FAST)  # fmt: skip
+                dy_r = dy_r.to(dtype)
+                tl.store(dz2 + here * W2 + m_r[None, :], dy_r)
+                if HAS_ALPHA:
+                    alpha2_total_r += of_alpha
+                dh_a = tl.dot(dy_r, tl.trans(w2_ar), dh_a, input_precision=PRECISION)
+                if R1 > 0:
+                    dh_r1 = tl.dot(dy_r, tl.trans(w2_rr), dh_r1, input_precision=PRECISION)
+            if R1 > 0:
+                dh_r = dh_r1
+        dz_a, of_alpha = through_activation(dh_a, z_a, h_a, live, alpha1, mean1, rstd1, sums1, n_a, H1, ACT,
+                                            BATCH_STATISTICS, FAST)  # fmt: skip
+        dz_a = dz_a.to(dtype)
+        at = (slot - first_tile * TILE)[:, None] * W1
+        tl.store(dz1 + at + n_a[None, :], dz_a)
+        if HAS_ALPHA:
+            alpha1_total_a += of_alpha
+        dz_r = dz_a
+        if R1 > 0:
+            dz_r, of_alpha = through_activation(dh_r, z_r, h_r, live, alpha1, mean1, rstd1, sums1, n_r, H1, ACT,
+                                                BATCH_STATISTICS, FAST)  # fmt: skip
+            dz_r = dz_r.to(dtype)
+            tl.store(dz1 + at + n_r[None, :], dz_r)
+            if HAS_ALPHA:
+                alpha1_total_r += of_alpha
+
+    WIDTH: tl.constexpr = AT_ALPHA + (H1 + H2 if HAS_ALPHA else 0)
+    vectors += tl.program_id(0) * WIDTH
+    add_vector(out_total_a, top_a, vectors, TOP)
+    if TOP_R > 0:
+        add_vector(out_total_r, top_r, vectors, TOP)
+    tl.store(vectors + TOP, tl.load(vectors + TOP) + tl.sum(ds_total, axis=0))
+    if HAS_ALPHA:
+        add_vector(alpha1_total_a, n_a, vectors + AT_ALPHA, H1)
+        if R1 > 0:
+            add_vector(alpha1_total_r, n_r, vectors + AT_ALPHA, H1)
+        if H2 > 0:
+            add_vector(alpha2_total_a, m_a, vectors + AT_ALPHA + H1, H2)
+            if R2 > 0:
+                add_vector(alpha2_total_r, m_r, vectors + AT_ALPHA + H1, H2)
+
+
+@triton.jit
+def input_gradients(
+    dz_a, dz_r, weights, k_a, p_a, k_r, p_r, of_segment, d, queries, row, live, keys, query, grad_pooled, grad_keys,
+    first, segment, whole, part, at_carry, list_sums, carry, key_stride,
+    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    """Columns ``d`` of de, and of the sums Σ (dz1 W_p) ∘ e. ``of_segment``, ``weights`` [SEGMENTS, TILE]: 1, and a /
+    ``unscale``, where the slot belongs to the segment: what they hand out to rows are v and a g of the tile's few lists."""
+    its_q = first + segment
+    v = load_rows(query, its_q, d, its_q < queries, D, D, True)
+    g = load_rows(grad_pooled, its_q, d, its_q < queries, D, D, True)
+    e = load_rows(keys, row, d, live, key_stride, D, CONTIGUOUS)
+    back = tl.dot(dz_a, p_a, input_precision=PRECISION)
+    if R > 0:
+        back = tl.dot(dz_r, p_r, back, input_precision=PRECISION)
+    terms = (back * e.to(tl.float32)).to(e.dtype)
+    sums = tl.dot(of_segment, terms, input_precision=PRECISION) * unscale(ACT)
+    store_segments(sums, d, first, segment, whole, part, at_carry, 0, list_sums, carry, D, D + H)
+    de = back * tl.dot(tl.trans(of_segment), v, input_precision=PRECISION)
+    de = tl.dot(dz_a, k_a, de, input_precision=PRECISION)
+    if R > 0:
+        de = tl.dot(dz_r, k_r, de, input_precision=PRECISION)
+    de = tl.dot(tl.trans(weights), g, de, input_precision=PRECISION) * unscale(ACT)
+    tl.store(grad_keys + row.to(tl.int64)[:, None] * D + d[None, :], de.to(grad_keys.dtype.element_ty),
+             mask=live[:, None] & (d < D)[None, :])  # fmt: skip
+
+
+@triton.jit
+def load_first_layer_rows(weight, d, n, D: tl.constexpr, H: tl.constexpr, ACT: tl.constexpr, dtype: tl.constexpr):
+    """(W_k − W_d, W_p) as they lie, [n, d]."""
+    k, p, _ = load_first_layer(weight, d, n, D, H, ACT, dtype)
+    return tl.trans(k), tl.trans(p)
+
+
+@triton.jit(do_not_specialize=["queries", "first_tile", "end_tile"])
+def backward_inputs(
+    dz1, attention, keys, query, weight1, first_slot, tile_first, slot_query, slot_row, grad_pooled, grad_keys,
+    list_sums, carry, key_stride, queries, first_tile, end_tile,
+    D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr, CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    """grad_keys, and the sums per list, of tiles first_tile … end_tile − 1 from what ``backward_scores`` left of them."""
+    dtype: tl.constexpr = keys.dtype.element_ty
+    d_a = tl.arange(0, AD)
+    d_r = AD + tl.arange(0, RD if RD > 0 else 16)
+    n_a = tl.arange(0, A1)
+    n_r = A1 + tl.arange(0, R1 if R1 > 0 else 16)
+    k_aa, p_aa = load_first_layer_rows(weight1, d_a, n_a, D, H1, ACT, dtype)
+    k_ar, p_ar = k_aa, p_aa
+    if R1 > 0:
+        k_ar, p_ar = load_first_layer_rows(weight1, d_a, n_r, D, H1, ACT, dtype)
+    if RD > 0:
+        k_ra, p_ra = load_first_layer_rows(weight1, d_r, n_a, D, H1, ACT, dtype)
+        k_rr, p_rr = k_ra, p_ra
+        if R1 > 0:
+            k_rr, p_rr = load_first_layer_rows(weight1, d_r, n_r, D, H1, ACT, dtype)
+    lane = tl.arange(0, TILE)
+    segment = tl.arange(0, SEGMENTS)
+    end_tile = tl.minimum(end_tile, (tl.load(first_slot + queries) + TILE - 1) // TILE)
+    for tile in tl.range(first_tile + tl.program_id(0), end_tile, tl.num_programs(0)):
+        slot = tile * TILE + lane
+        q = tl.load(slot_query + slot)
+        row = tl.load(slot_row + slot)
+        live = q >= 0
+        here = slot - first_tile * TILE
+        a = tl.load(attention + here)
+        dz_a = tl.load(dz1 + here[:, None] * (A1 + R1) + n_a[None, :])
+        dz_r = dz_a
+        if R1 > 0:
+            dz_r = tl.load(dz1 + here[:, None] * (A1 + R1) + n_r[None, :])
+        first = tl.load(tile_first + tile)
+        mine = segment[:, None] == (q - first)[None, :]
+        of_segment = tl.where(mine, 1.0, 0.0).to(dtype)
+        weights = tl.where(mine, (a / unscale(ACT))[None, :], 0.0).to(dtype)
+        begins, ends, continued = tile_borders(first_slot, tile_first, tile, first, queries)
+        whole = (segment >= begins) & (segment < ends)
+        part = ((segment == 0) & (begins > 0)) | ((segment == ends) & continued)
+        at_carry = 2 * tile + tl.where(segment >= begins, 1, 0)
+        gamma = tl.dot(of_segment, dz_a, input_precision=PRECISION)
+        store_segments(gamma, n_a, first, segment, whole, part, at_carry, D, list_sums, carry, H1, D + H1)
+        if R1 > 0:
+            gamma = tl.dot(of_segment, dz_r, input_precision=PRECISION)
+            store_segments(gamma, n_r, first, segment, whole, part, at_carry, D, list_sums, carry, H1, D + H1)
+        input_gradients(dz_a, dz_r, weights, k_aa, p_aa, k_ar, p_ar, of_segment, d_a, queries, row, live, keys, query, grad_pooled,
+                        grad_keys, first, segment, whole, part, at_carry, list_sums, carry, key_stride, D, H1, R1, ACT,
+                        PRECISION, CONTIGUOUS)  # fmt: skip
+        if RD > 0:
+            input_gradients(dz_a, dz_r, weights, k_ra, p_ra, k_rr, p_rr, of_segment, d_r, queries, row, live, keys, query,
+                            grad_pooled, grad_keys, first, segment, whole, part, at_carry, list_sums, carry, key_stride,
+                            D, H1, R1, ACT, PRECISION, CONTIGUOUS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["queries", "first_tile", "end_tile"])
+def first_layer_sums(
+    dz1, keys, query, first_slot, slot_query, slot_row, totals, key_stride, queries, first_tile, end_tile,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, H: tl.constexpr, A: tl.constexpr, R: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    """totals [P, 2, H, D] += Σ dz1 eᵀ and Σ dz1 (v∘e)ᵀ over the program's tiles; program (p, i): block i of columns."""
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n_a = tl.arange(0, A)
+    n_r = A + tl.arange(0, R if R > 0 else 16)
+    lane = tl.arange(0, TILE)
+    shared_a = tl.zeros([A, BLOCK_D], tl.float32)
+    product_a = tl.zeros([A, BLOCK_D], tl.float32)
+    if R > 0:
+        shared_r = tl.zeros([R, BLOCK_D], tl.float32)
+        product_r = tl.zeros([R, BLOCK_D], tl.float32)
+    end_tile = tl.minimum(end_tile, (tl.load(first_slot + queries) + TILE - 1) // TILE)
+    for tile in tl.range(first_tile + tl.program_id(0), end_tile, tl.num_programs(0)):
+        slot = tile * TILE + lane
+        q = tl.load(slot_query + slot)
+        row = tl.load(slot_row + slot)
+        live = q >= 0
+        e = load_rows(keys, row, d, live, key_stride, D, CONTIGUOUS)
+        ve = product(load_rows(query, q, d, live, D, D, True), e, FAST)
+        at = (slot - first_tile * TILE)[:, None] * (A + R)
+        dz_a = tl.trans(tl.load(dz1 + at + n_a[None, :]))
+        shared_a = tl.dot(dz_a, e, shared_a, input_precision=PRECISION)
+        product_a = tl.dot(dz_a, ve, product_a, input_precision=PRECISION)
+        if R > 0:
+            dz_r = tl.trans(tl.load(dz1 + at + n_r[None, :]))
+            shared_r = tl.dot(dz_r, e, shared_r, input_precision=PRECISION)
+            product_r = tl.dot(dz_r, ve, product_r, input_precision=PRECISION)
+    totals += tl.program_id(0).to(tl.int64) * (2 * H * D)
+    add_matrix(shared_a, n_a, d, totals, H, D)
+    add_matrix(product_a, n_a, d, totals + H * D, H, D)
+    if R > 0:
+        add_matrix(shared_r, n_r, d, totals, H, D)
+        add_matrix(product_r, n_r, d, totals + H * D, H, D)
+
+
+@triton.jit(do_not_specialize=["queries", "first_tile", "end_tile"])
+def second_layer_sums(
+    dz2, h1, first_slot, totals, vectors, queries, first_tile, end_tile,
+    H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr, H2: tl.constexpr, A2: tl.constexpr, R2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """totals [P, H2, H1] += Σ dz2 h1ᵀ, vectors [P, H2] += Σ dz2, over the program's tiles."""
+    n_a, n_r = tl.arange(0, A1), A1 + tl.arange(0, R1 if R1 > 0 else 16)
+    m_a, m_r = tl.arange(0, A2), A2 + tl.arange(0, R2 if R2 > 0 else 16)
+    lane = tl.arange(0, TILE)
+    vector_a = tl.zeros([TILE, A2], tl.float32)
+    vector_r = tl.zeros([TILE, R2 if R2 > 0 else 16], tl.float32)
+    total_aa = tl.zeros([A2, A1], tl.float32)
+    if R1 > 0:
+        total_ar = tl.zeros([A2, R1], tl.float32)
+    if R2 > 0:
+        total_ra = tl.zeros([R2, A1], tl.float32)
+        if R1 > 0:
+            total_rr = tl.zeros([R2, R1], tl.float32)
+    end_tile = tl.minimum(end_tile, (tl.load(first_slot + queries) + TILE - 1) // TILE)
+    for tile in tl.range(first_tile + tl.program_id(0), end_tile, tl.num_programs(0)):
+        at = ((tile - first_tile) * TILE + lane)[:, None]
+        h_a = tl.load(h1 + at * (A1 + R1) + n_a[None, :])
+        dz_a = tl.load(dz2 + at * (A2 + R2) + m_a[None, :])
+        vector_a += dz_a.to(tl.float32)
+        dz_a = tl.trans(dz_a)
+        total_aa = tl.dot(dz_a, h_a, total_aa, input_precision=PRECISION)
+        if R1 > 0:
+            h_r = tl.load(h1 + at * (A1 + R1) + n_r[None, :])
+            total_ar = tl.dot(dz_a, h_r, total_ar, input_precision=PRECISION)
+        if R2 > 0:
+            dz_r = tl.load(dz2 + at * (A2 + R2) + m_r[None, :])
+            vector_r += dz_r.to(tl.float32)
+            dz_r = tl.trans(dz_r)
+            total_ra = tl.dot(dz_r, h_a, total_ra, input_precision=PRECISION)
+            if R1 > 0:
+                total_rr = tl.dot(dz_r, h_r, total_rr, input_precision=PRECISION)
+    vectors += tl.program_id(0) * H2
+    add_vector(vector_a, m_a, vectors, H2)
+    if R2 > 0:
+        add_vector(vector_r, m_r, vectors, H2)
+    totals += tl.program_id(0).to(tl.int64) * (H2 * H1)
+    add_matrix(total_aa, m_a, n_a, totals, H2, H1)
+    if R1 > 0:
+        add_matrix(total_ar, m_a, n_r, totals, H2, H1)
+    if R2 > 0:
+        add_matrix(total_ra, m_r, n_a, totals, H2, H1)
+        if R1 > 0:
+            add_matrix(total_rr, m_r, n_r, totals, H2, H1)

@@ -1,0 +1,160 @@
+"""Launches of the packed backward kernels (``kernels_packed_backward.py``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._launch import on_device
+from . import universal_backward
+from .factorise import FirstLayerGradients, first_layer_backward
+from .packed import FINISH_LISTS, TILE, Packed, next_power_of_two, serves, widths_of
+from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
+from .universal import capability_of, num_programs
+
+LOG2_E = 1.4426950408889634
+
+# Bytes of what one kernel leaves to the next (dz1, h1, dz2 of a batch of tiles): within the L2 cache of the GPUs this
+# is for, 40 to 50 MB, with room for the rest.
+BETWEEN_BYTES = 24 << 20
+
+
+def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
+    """As ``packed.fits``, for the backward kernel."""
+    return True
+
+
+def serves_backward(config: UnitConfig, tensors: UnitTensors, grad_weights: Tensor | None) -> bool:
+    """Whether the packed backward takes this call. Candidates share rows of keys, whose gradients would have to be
+    added up; and a gradient of softmax weights needs sums over whole lists first."""
+    if config.candidates > 1 or (config.softmax and grad_weights is not None):
+        return False
+    return serves(config, tensors) and fits(config, tensors.keys.dtype, capability_of(tensors.keys.device))
+
+
+def vector_sizes(config: UnitConfig) -> list[int]:
+    """Widths of the pieces of a row of ``vectors``: Σ ds · h, Σ ds, alphas."""
+    widths = list(config.hidden_units)
+    alphas = widths if config.activation in ("prelu", "dice") else []
+    return [widths[-1], 1, *alphas]
+
+
+def _batches(tiles: int, row_bytes: int) -> list[tuple[int, int]]:
+    """(first, end) of batches of tiles."""
+    size = max(1, BETWEEN_BYTES // (row_bytes * TILE))
+    return [(first, min(first + size, tiles)) for first in range(0, tiles, size)]
+
+
+def pick(values: dict[str, Any], kernel: Any) -> dict[str, Any]:
+    """Those of ``values`` that the kernel takes."""
+    return {name: value for name, value in values.items() if name in kernel.arg_names}
+
+
+def backward(
+    config: UnitConfig,
+    tensors: UnitTensors,
+    saved: UnitOutputs,
+    grad_pooled: Tensor,
+    grad_weights: Tensor | None,
+    inv_count: Tensor | None,
+) -> UnitGradients:
+    """Gradients of everything; see torch_impl.backward."""
+    from . import kernels_packed_backward as kernels
+    from .kernels_packed_forward import finish_packed
+
+    keys, dim, widths = tensors.keys, config.embedding_dim, config.hidden_units
+    device, dtype, two = keys.device, keys.dtype, len(config.hidden_units) > 1
+    blocks = widths_of(config)
+    sums = None
+    if inv_count is not None:
+        sums = universal_backward.dice_sums(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+    grad_pooled = grad_pooled.contiguous()
+    delta = (grad_pooled.float() * saved.pooled.float()).sum(1) if config.softmax else None
+    # Rows of padded keys beyond their list's length belong to no slot.
+    make = torch.zeros if config.padded_length else torch.empty
+    grad_keys = make(keys.shape, dtype=dtype, device=device)
+    with on_device(keys):
+        call = Packed(config, tensors)
+        tables, queries = call.tables, call.queries
+        width = dim + widths[0]
+        list_sums = torch.empty(queries, width, device=device)
+        carry = torch.empty(2 * tables.tiles, width, device=device)
+        programs = max(1, min(tables.tiles, num_programs(device, 2)))
+        sizes = vector_sizes(config)
+        vectors = torch.zeros(programs, sum(sizes), device=device)
+        first_sums = torch.zeros(programs, 2, widths[0], dim, device=device)
+        second_sums = torch.zeros(programs, widths[1], widths[0], device=device) if two else vectors
+        second_vectors = torch.zeros(programs, widths[1] if two else 1, device=device)
+        w1, w2 = blocks.a1 + blocks.r1, blocks.a2 + blocks.r2
+        batches = _batches(tables.tiles, (w1 + two * (w1 + w2)) * dtype.itemsize)
+        slots = (batches[0][1] - batches[0][0]) * TILE
+        attention = torch.empty(slots, device=device)
+        dz1 = torch.empty(slots, w1, dtype=dtype, device=device)
+        h1 = torch.empty(slots, w1, dtype=dtype, device=device) if two else dz1
+        dz2 = torch.empty(slots, w2, dtype=dtype, device=device) if two else dz1
+        nothing = vectors
+        constants, tabled = call.constants(), tables.operands()
+        scores: dict[str, Any] = {
+            **call.layer_operands(), **pick(tabled, kernels.backward_scores), "grad_pooled": grad_pooled,
+            "grad_weights": nothing if grad_weights is None else grad_weights.contiguous(),
+            "log_normaliser": nothing if saved.log_normaliser is None else saved.log_normaliser.contiguous(),
+            "delta": nothing if delta is None else delta,
+            "sums1": nothing if sums is None else sums,
+            "sums2": nothing if sums is None else sums[2 * widths[0] :],
+            "attention": attention, "vectors": vectors, "dz1": dz1, "h1": h1, "dz2": dz2, "scale": float(config.scale),
+            **pick(constants, kernels.backward_scores), "SOFTMAX": config.softmax,
+            "HAS_GRAD_WEIGHTS": grad_weights is not None, "BATCH_STATISTICS": sums is not None,
+        }  # fmt: skip
+        inputs: dict[str, Any] = {
+            "dz1": dz1, "attention": attention, **pick(call.layer_operands(), kernels.backward_inputs), **tabled,
+            "grad_pooled": grad_pooled, "grad_keys": grad_keys, "list_sums": list_sums, "carry": carry,
+            **pick(constants, kernels.backward_inputs),
+        }  # fmt: skip
+        block = min(64, next_power_of_two(dim))
+        first_layer: dict[str, Any] = {
+            "dz1": dz1, **pick(call.layer_operands(), kernels.first_layer_sums), **pick(tabled, kernels.first_layer_sums),
+            "totals": first_sums, **pick(constants, kernels.first_layer_sums),
+            "BLOCK_D": block, "H": widths[0], "A": blocks.a1, "R": blocks.r1,
+        }  # fmt: skip
+        second_layer: dict[str, Any] = {
+            "dz2": dz2, "h1": h1, "first_slot": tables.first_slot, "totals": second_sums, "vectors": second_vectors,
+            "queries": queries,
+            **pick(constants, kernels.second_layer_sums),
+        }  # fmt: skip
+        for first, end in batches:
+            tiles = {"first_tile": first, "end_tile": end, "num_warps": 4}
+            kernels.backward_scores[(programs,)](**scores, **tiles, num_stages=1)
+            kernels.backward_inputs[(programs,)](**inputs, **tiles, num_stages=1)
+            kernels.first_layer_sums[(programs, -(-dim // block))](**first_layer, **tiles, num_stages=3)
+            if two:
+                kernels.second_layer_sums[(programs,)](**second_layer, **tiles, num_stages=3)
+        finish_packed[(-(-queries // FINISH_LISTS),)](
+            carry, carry, tables.first_slot, list_sums, list_sums, queries,
+            D=width, BLOCK_D=next_power_of_two(width), LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,
+        )  # fmt: skip
+
+    shared, of_product = first_sums.sum(0)
+    gradients = FirstLayerGradients(list_sums[:, dim:], shared, of_product, list_sums[:, :dim])
+    grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, gradients)
+    pieces = list(vectors.sum(0).split(sizes))
+    # For sigmoid dz2 is stored for weights multiplied by −log₂e.
+    unscale = -LOG2_E if config.activation == "sigmoid" else 1.0
+    own = universal_backward.own
+    weights = [grad_first]
+    if two:
+        weights.append(own(second_sums.sum(0) * unscale, tensors.weights[1]))
+    weights.append(own(pieces[0], tensors.weights[-1]))
+    biases: list[Tensor | None] = [grad_bias]
+    for value, bias in zip(
+        [*([second_vectors.sum(0) * unscale] if two else []), pieces[1]], tensors.biases[1:], strict=True
+    ):
+        biases.append(None if bias is None else own(value, bias))
+    of_alphas = pieces[2:]
+    alphas: list[Tensor | None] = [None] * len(tensors.alphas)
+    for i, value in enumerate(of_alphas):
+        alpha = tensors.alphas[i]
+        assert alpha is not None
+        alphas[i] = own(value.sum() if alpha.numel() == 1 and value.numel() > 1 else value, alpha)
+    return UnitGradients(grad_query, grad_keys, weights, biases, alphas)

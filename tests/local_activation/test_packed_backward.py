@@ -1,0 +1,161 @@
+"""Packed kernels, backward: every gradient against float64 autograd, and what is special about tiles and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from din_kernels.ops.local_activation import packed_backward, triton_impl, universal, universal_backward
+from din_kernels.ops.local_activation.problem import UnitGradients
+from din_kernels.testing import hostile_gradients
+from tests.support.memory_monitor import memory_monitor
+
+from ._cases import Case, Spec, check_gradients, make_case
+from .test_packed_forward import BORDERS, packed_specs
+from .test_universal_forward import SETTINGS
+
+pytest.importorskip("triton")
+
+
+def without_softmax(spec: Spec) -> Spec:
+    """``_cases`` sends a gradient through the weights, which with softmax is the universal kernels' work."""
+    return dataclasses.replace(spec, softmax=False, candidates=1)
+
+
+def run_backward(case: Case, *, grad_pooled: torch.Tensor | None = None) -> UnitGradients:
+    saved = universal.forward(case.config, case.tensors, return_weights=False)
+    grad_pooled = case.grad_pooled if grad_pooled is None else grad_pooled
+    grad_weights = None if case.config.softmax else case.grad_weights
+    path = packed_backward if case.tensors.keys.shape[0] else triton_impl
+    return path.backward(case.config, case.tensors, saved, grad_pooled, grad_weights, case.inv_count)
+
+
+def flat(gradients: UnitGradients) -> list[torch.Tensor]:
+    both = [gradients.query, gradients.keys, *gradients.weights, *gradients.biases, *gradients.alphas]
+    return [g for g in both if g is not None]
+
+
+@settings(SETTINGS, max_examples=30)
+@given(packed_specs(max_batch=4))
+def test_gradients(device, poison_scratch, spec):
+    case = make_case(without_softmax(spec), device)
+    if case.tensors.query.shape[0]:
+        check_gradients(case, run_backward(case))
+
+
+SHAPES = [
+    Spec(lengths=(70, 0, 3), dim=64, hidden=(36,)),
+    Spec(lengths=(7, 0, 60), dim=64, hidden=(80, 40)),
+    Spec(lengths=(9, 20), dim=128, hidden=(80, 40), dtype=torch.bfloat16),
+    Spec(lengths=(9, 60), dim=36, hidden=(36,), activation="prelu", dtype=torch.float16, layout="padded"),
+    Spec(lengths=(40,), dim=96, hidden=(64, 16), activation="relu", dtype=torch.bfloat16),
+    Spec(lengths=(40, 20), dim=64, hidden=(36,), activation="dice", training=True, layout="padded"),
+    Spec(lengths=(30, 6), dim=20, hidden=(20, 40), activation="dice", training=True, dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("spec", SHAPES, ids=lambda s: f"{s.dim}-{'x'.join(map(str, s.hidden))}-{s.activation}")
+def test_common_shapes(device, poison_scratch, spec):
+    case = make_case(spec, device)
+    check_gradients(case, run_backward(case))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "dice"])
+def test_softmax(device, poison_scratch, activation):
+    """Without a gradient of the weights; the same as the universal kernels give, which are checked elsewhere."""
+    spec = Spec((7, 0, 90, 1), 16, (20,), activation=activation, softmax=True, scale=2.0, training=activation == "dice")
+    case = make_case(spec, device)
+    saved = universal.forward(case.config, case.tensors, return_weights=False)
+    arguments = (case.config, case.tensors, saved, case.grad_pooled, None, case.inv_count)
+    for one, other in zip(
+        *(flat(path.backward(*arguments)) for path in (packed_backward, universal_backward)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("lengths", [v for v in BORDERS.values() if 0 < sum(v) < 1000])
+def test_borders(device, poison_scratch, lengths):
+    case = make_case(Spec(lengths, 8, (9, 5), activation="prelu"), device)
+    check_gradients(case, run_backward(case))
+
+
+def test_batches_of_tiles(device, poison_scratch, monkeypatch):
+    """More rows than one batch holds: the sums of all batches are one sum, lists may cross from one to the next."""
+    case = make_case(Spec((3, 200, 0, 40, 130), 8, (9, 20)), device)
+    whole = run_backward(case)
+    check_gradients(case, whole)
+    monkeypatch.setattr(packed_backward, "BETWEEN_BYTES", 1)
+    batched = run_backward(case)
+    check_gradients(case, batched)
+    assert torch.equal(whole.keys, batched.keys)
+
+
+SPREAD = [
+    Spec(lengths=(3, 0, 70, 1), dim=5, hidden=(9,), activation="prelu"),
+    Spec(lengths=(40, 2), dim=36, hidden=(36, 6), layout="padded", index_dtype=torch.int32),
+    Spec(lengths=(1, 135), dim=16, hidden=(8,), activation="dice", training=True, dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("spec", SPREAD, ids=lambda s: f"{s.layout}-{s.activation}")
+def test_memory(spec):
+    """In bounds, no race between programs or within one, no atomics; any order of programs gives the same bits."""
+    case = make_case(spec)
+    expected = flat(run_backward(case))
+    for order in (None, "reverse", 3):
+        with memory_monitor(order=order) as monitor:
+            found = flat(run_backward(case))
+        assert {"backward_scores", "backward_inputs", "first_layer_sums"} <= set(monitor.kernels())
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_hostile_gradient_strides(device):
+    case = make_case(Spec(lengths=(7, 20), dim=8), device)
+    for gradient in hostile_gradients(case.grad_pooled.shape, device=device):
+        strided = run_backward(case, grad_pooled=gradient)
+        plain = run_backward(case, grad_pooled=gradient.clone(memory_format=torch.contiguous_format))
+        for one, other in zip(flat(strided), flat(plain), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_dispatch(device, monkeypatch):
+    """One candidate, 16 bits, no gradient through softmax weights: here; the rest is the universal kernels' work."""
+    taken = []
+    monkeypatch.setattr(packed_backward, "backward", lambda *a: taken.append("packed"))
+    monkeypatch.setattr(universal_backward, "backward", lambda *a: taken.append("universal"))
+    served = Spec(dtype=torch.bfloat16, dim=64, hidden=(36,))
+    for spec, through_weights, path in [
+        (served, True, "packed"),
+        (dataclasses.replace(served, softmax=True), False, "packed"),
+        (dataclasses.replace(served, softmax=True), True, "universal"),
+        (dataclasses.replace(served, candidates=2), False, "universal"),
+        (dataclasses.replace(served, layout="mask"), False, "universal"),
+        (dataclasses.replace(served, dtype=torch.float32), False, "universal"),
+    ]:
+        case = make_case(spec, device)
+        saved = universal.forward(case.config, case.tensors, return_weights=False)
+        grad_weights = case.grad_weights if through_weights else None
+        triton_impl.backward(case.config, case.tensors, saved, case.grad_pooled, grad_weights, None)
+        assert taken.pop() == path, spec
+
+
+def test_a_wrong_kernel_is_caught(device, monkeypatch):
+    """The comparison fails when a kernel is left out."""
+    from din_kernels.ops.local_activation import kernels_packed_backward as kernels
+
+    case = make_case(Spec(lengths=(7, 100), dim=16, hidden=(16, 16)), device)
+    check_gradients(case, run_backward(case))
+
+    class Nothing:
+        arg_names = kernels.second_layer_sums.arg_names
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(kernels, "second_layer_sums", Nothing())
+    with pytest.raises(AssertionError, match="grad weights"):
+        check_gradients(case, run_backward(case))

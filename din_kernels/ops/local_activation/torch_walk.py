@@ -171,9 +171,13 @@ class PieceStep:
         width = self.walk.config.hidden_units[0]
         dz = dz.view(self.pieces, self.length, candidates * width)
         group.add_to_list(sums.offset.view(-1, candidates * width), dz.sum(1))
-        outer = torch.bmm(dz.transpose(1, 2), self.keys)  # G of each piece and candidate [p, C·H1, D]
+        place = None
+        if sums.matrix is not None and isinstance(group.sample, slice):  # whole lists, each met once
+            place = sums.matrix.view(-1, candidates * width, dim)[group.sample]
+        outer = torch.bmm(dz.transpose(1, 2), self.keys, out=place)  # G of each piece and candidate [p, C·H1, D]
         if sums.matrix is not None:
-            group.add_to_list(sums.matrix.view(-1, candidates * width, dim), outer)
+            if place is None:
+                group.add_to_list(sums.matrix.view(-1, candidates * width, dim), outer)
         else:
             assert self.walk.first.product is not None
             assert sums.shared is not None

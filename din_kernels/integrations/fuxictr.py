@@ -14,13 +14,13 @@ from fuxictr.pytorch.layers.attentions import target_attention
 from torch import Tensor, nn
 
 from .adapter import BACKEND, Adapter
-from .scoring import Network, dice_like, read_layers
+from .scoring import Network, dice_is_readable, dice_like, is_linear, read_layers, readable, weighted_sum
 
 
 def network(attention: Any) -> tuple[Network, nn.Module | None]:
     """The scoring network, and the activation of the output if there is one."""
     modules = list(attention.attention_layer.mlp)
-    last = max(i for i, module in enumerate(modules) if type(module) is nn.Linear)
+    last = max(i for i, module in enumerate(modules) if is_linear(module))
     tail = modules[last + 1 :]
     hidden, odd = read_layers(modules[:last], activations.Dice)
 
@@ -38,13 +38,18 @@ class FusedDINAttention(target_attention.DIN_Attention):
     """Pooled [B, D]."""
 
     def forward(self, target_item: Tensor, history_sequence: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not readable(self) or _why_not(self) is not None:
+            return super().forward(target_item, history_sequence, mask)
         scorer, output_activation = network(self)
-        arguments = {"training": self.attention_layer.training, "backend": getattr(self, BACKEND, None)}
+        backend = getattr(self, BACKEND, None)
         plain = output_activation is None and not self.use_softmax
         if plain and (mask is None or mask.dtype is torch.bool):
-            return scorer.pooled(target_item, history_sequence, mask=mask, **arguments)
+            pooled = scorer.pooled(target_item, history_sequence, mask=mask, backend=backend)
+            # The library multiplies by mask.float(), and by the history outside autocast: at least fp32 comes back.
+            dtype = history_sequence.dtype
+            return pooled.to(dtype if mask is None else torch.promote_types(dtype, torch.float32))
         real = None if mask is None else mask != 0
-        scores = scorer.scores(target_item, history_sequence, mask=real, **arguments)
+        scores = scorer.scores(target_item, history_sequence, mask=real, backend=backend)
         if output_activation is not None:
             scores = output_activation(scores.view(-1, 1)).view(scores.shape)
         if mask is not None:
@@ -53,20 +58,23 @@ class FusedDINAttention(target_attention.DIN_Attention):
             if mask is not None:
                 scores = scores + -1.0e9 * (1 - mask.float())
             scores = scores.softmax(dim=-1)
-        return torch.matmul(scores.to(history_sequence.dtype).unsqueeze(1), history_sequence).squeeze(1)
+        return weighted_sum(scores, history_sequence)
 
 
 class FusedDice(activations.Dice):
     def forward(self, X: Tensor) -> Tensor:
-        if X.dim() != 2:
-            return super().forward(X)  # the library's own error
+        if X.dim() != 2 or not dice_is_readable(self):
+            return super().forward(X)  # with the library's own error for a wrong number of dimensions
         return dice_like(self, X, getattr(self, BACKEND, None))
 
 
 def _why_not(attention: Any) -> str | None:
     modules = list(attention.attention_layer.mlp)
-    if not modules or type(modules[0]) is not nn.Linear:
-        return "its scoring network does not begin with a Linear layer"
+    if len(modules) < 2 or not is_linear(modules[0]):
+        return "its scoring network does not begin with a hidden Linear layer"
+    tail = modules[max(i for i, module in enumerate(modules) if is_linear(module)) :]
+    if len(tail) > 2 or tail[0].out_features != 1:
+        return "its scoring network does not end with a Linear layer to 1 and an activation"
     return None
 
 

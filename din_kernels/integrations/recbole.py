@@ -7,6 +7,7 @@ normalises nor learns: with alpha fixed at 0 it is SiLU.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from recbole.model import layers
 from torch import Tensor, nn
 
 from .adapter import BACKEND, Adapter
-from .scoring import Network, read_layers
+from .scoring import Network, is_linear, read_layers, readable
 
 
 def network(attention: Any) -> Network:
     modules = list(attention.att_mlp_layers.mlp_layers)
-    first = next(i for i, module in enumerate(modules) if type(module) is nn.Linear)
+    first = next(i for i, module in enumerate(modules) if is_linear(module))
     hidden, odd = read_layers(modules, None)
+    odd += [] if is_linear(attention.dense) else [type(attention.dense).__name__]
 
     def after_first(z: Tensor) -> Tensor:
         for module in modules[first + 1 :]:
@@ -35,13 +37,14 @@ class FusedSequenceAttLayer(layers.SequenceAttLayer):
     """Pooled [B, 1, D], or weights [B, 1, T] with ``return_seq_weight``."""
 
     def forward(self, queries: Tensor, keys: Tensor, keys_length: Tensor) -> Tensor:
-        dim = queries.shape[-1]
-        arguments = {"training": self.att_mlp_layers.training, "backend": getattr(self, BACKEND, None)}
+        if not readable(self) or _why_not(self) is not None:
+            return super().forward(queries, keys, keys_length)
+        dim, backend = queries.shape[-1], getattr(self, BACKEND, None)
         padding = self.mask_mat >= keys_length.unsqueeze(1)
         scorer = network(self)
         if not self.softmax_stag and not self.return_seq_weight:
-            return (scorer.pooled(queries, keys, mask=~padding, **arguments) / dim**0.5).unsqueeze(1)
-        scores = scorer.scores(queries, keys, mask=~padding, **arguments)
+            return (scorer.pooled(queries, keys, mask=~padding, backend=backend) / dim**0.5).unsqueeze(1)
+        scores = scorer.scores(queries, keys, mask=~padding, backend=backend)
         scores = scores.masked_fill(padding, float("-inf") if self.softmax_stag else 0.0).unsqueeze(1) / dim**0.5
         if self.softmax_stag:
             scores = F.softmax(scores, dim=2)
@@ -54,13 +57,16 @@ class FusedDice(layers.Dice):
 
 
 def _alpha_is_not_zero(module: Any) -> str | None:
-    return "its alpha was set by hand" if bool((module.alpha != 0).any()) else None  # type: ignore[operator, union-attr]
+    return "its alpha was set by hand" if bool((module.alpha != 0).any()) else None
 
 
 def _why_not(attention: Any) -> str | None:
     modules = list(attention.att_mlp_layers.mlp_layers)
-    if modules and isinstance(modules[0], nn.Dropout) and modules[0].p > 0:
-        return "dropout on the concatenated features"
+    before = list(itertools.takewhile(lambda module: not is_linear(module), modules))
+    if len(before) == len(modules):
+        return "its scoring network has no hidden Linear layer"
+    if any(type(module) is not nn.Dropout or module.p > 0 for module in before):
+        return f"{type(before[0]).__name__} on the concatenated features"
     return None
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch_rechub.basic import activation
 from torch_rechub.models.ranking import din
 
 from .adapter import BACKEND, Adapter
-from .scoring import Network, read_layers
+from .scoring import Network, is_linear, read_layers, readable, weighted_sum
 
 
 def network(unit: Any) -> Network:
@@ -35,19 +34,26 @@ class FusedActivationUnit(din.ActivationUnit):
     """Pooled [B, D]."""
 
     def forward(self, history: Tensor, target: Tensor) -> Tensor:
-        arguments = {"training": self.attention.training, "backend": getattr(self, BACKEND, None)}
-        scorer = network(self)
+        if not readable(self) or _why_not(self) is not None:
+            return super().forward(history, target)
+        scorer, backend = network(self), getattr(self, BACKEND, None)
         if not self.use_softmax:
-            return scorer.pooled(target, history, **arguments)
-        scores = scorer.scores(target, history, **arguments).softmax(dim=-1)
-        return torch.matmul(scores.unsqueeze(1), history).squeeze(1)
+            return scorer.pooled(target, history, backend=backend).to(history.dtype)
+        return weighted_sum(scorer.scores(target, history, backend=backend).softmax(dim=-1), history)
+
+
+def _why_not(unit: Any) -> str | None:
+    modules = list(unit.attention.mlp)
+    if len(modules) < 2 or not (is_linear(modules[0]) and is_linear(modules[-1])):
+        return "its scoring network does not begin and end with Linear layers"
+    return None
 
 
 ADAPTERS: dict[type[nn.Module], Adapter] = {
     din.ActivationUnit: Adapter(
         FusedActivationUnit,
         lambda module: network(module).describe(),
-        lambda module: None if len(module.attention.mlp) > 1 else "it has no hidden layer",
+        _why_not,
     ),
     activation.Dice: Adapter(
         None, why_not=lambda module: "it normalises each row over its channels, which is not the paper's Dice"

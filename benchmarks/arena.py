@@ -137,7 +137,7 @@ class Arena:
         on_gpu = self.device.type == "cuda"
         self.machine: Machine = measure_gpu() if on_gpu else measure_cpu(0.01 if options.smoke else 0.6)
         self.run["peaks"] = {k: v for k, v in dataclasses.asdict(self.machine).items() if v}
-        self.run_name = f"{self.run['date']} {self.run['commit']}"
+        self.run_name = f"{self.run['date']} {self.run['time']} {self.run['commit']}"
         self.began = time.perf_counter()
         self.compiling = 0.0  # seconds spent so far
         self.share = 1.0  # of the session, that may be spent when the current suite ends: see ``UNTIL``

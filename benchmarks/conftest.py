@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-quick", action="store_true", help="fewer rounds and shapes")
     group.addoption("--bench-smoke", action="store_true", help="tiny shapes: see that everything runs")
     group.addoption("--bench-minutes", type=float, help="time in all; what does not fit is skipped")
+    group.addoption("--bench-keep", action="store_true", help="keep what FILE holds of races that are not run again")
     group.addoption("--bench-json", type=Path, metavar="FILE", help="write the records here")
 
 
@@ -68,5 +69,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(report.text_table(made.records, made.run))
     path = config.getoption("--bench-json")
     if path is not None:
-        record.write(path, {made.run_name: made.run}, made.records)
+        runs, records = {made.run_name: made.run}, made.records
+        if config.getoption("--bench-keep"):
+            runs, records = record.merge(path, runs, records)
+        record.write(path, runs, records)
         terminalreporter.write_line(f"wrote {path}")

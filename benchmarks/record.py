@@ -137,6 +137,19 @@ def read(path: Path) -> tuple[dict[str, dict[str, Any]], list[Record]]:
     return content["runs"], records
 
 
+def merge(
+    path: Path, runs: dict[str, dict[str, Any]], records: Sequence[Record]
+) -> tuple[dict[str, dict[str, Any]], list[Record]]:
+    """``records`` and those in ``path`` of races that were not run again, with the runs that either names."""
+    if not path.exists():
+        return runs, list(records)
+    old_runs, old = read(path)
+    again = {r.race for r in records}
+    merged = [*(r for r in old if r.race not in again), *records]
+    named = {r.run for r in merged}
+    return {name: run for name, run in {**old_runs, **runs}.items() if name in named}, merged
+
+
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
 _PACKAGES = (
@@ -189,8 +202,10 @@ def describe_run(device: torch.device) -> dict[str, Any]:
             "clocks": _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"),
             "cuda": torch.version.cuda or torch.version.hip,
         }
+    now = datetime.datetime.now(datetime.timezone.utc)
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": now.strftime("%Y-%m-%d"),
+        "time": now.strftime("%H:%M"),
         "commit": _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
         "changed": bool(
             _output("git", "status", "--porcelain", "--untracked-files=no", "--", "din_kernels", "reference")

@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         "--minutes", type=float, help="time in all (a slow or busy machine needs more); the rest is skipped"
     )
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default: all cores")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the result file's records of races that are not run again"
+    )
     parser.add_argument("--skip-parity", action="store_true", help="do not run the tests on the GPU first")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     args, rest = parser.parse_known_args(argv)
@@ -77,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         "--benchmark-columns", "median,iqr,min,rounds", "--benchmark-json", str(args.out / f"{name}.pytest-benchmark.json"),
         "-p", "no:xdist", "-p", "no:randomly", "-q", "-s",
         *(["--bench-minutes", str(args.minutes)] if args.minutes else []),
+        *(["--bench-keep"] if args.keep else []),
         *(["--bench-smoke"] if args.smoke else ["--bench-quick"] if args.quick else []),
         *(part for part in rest if part != "--"),
     ]  # fmt: skip

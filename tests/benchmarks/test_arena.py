@@ -190,6 +190,18 @@ def test_records_survive_the_file(tmp_path: Path) -> None:
         record.read(tmp_path / "y.json")
 
 
+def test_a_later_run_replaces_its_races_and_keeps_the_others(tmp_path: Path) -> None:
+    def of(workload: str, run: str) -> record.Record:
+        return record.Record("dice", workload, "forward", "float32", "fused", "skipped", reason="so", run=run)
+
+    path = tmp_path / "x.json"
+    record.write(path, {"a": {"date": "1"}, "b": {"date": "2"}}, [of("one", "a"), of("two", "b")])
+    runs, records = record.merge(path, {"c": {"date": "3"}}, [of("two", "c")])
+    assert records == [of("one", "a"), of("two", "c")]
+    assert set(runs) == {"a", "c"}
+    assert record.merge(tmp_path / "none.json", {"c": {}}, [of("two", "c")]) == ({"c": {}}, [of("two", "c")])
+
+
 def test_tolerances_of_the_gate_are_the_projects() -> None:
     workload = ActivationWorkload("t", 3, Lengths("full", 4, 4), 6, (5,))
     inputs = make_activation(workload)

@@ -11,8 +11,15 @@ from torch import nn
 from . import _backend
 from .integrations.adapter import BACKEND, Adapter
 
-# Top-level package of a module's class -> adapter file.
-LIBRARIES = ("deepctr_torch", "fuxictr", "recbole", "reference", "torch_rechub", "tzrec")
+# Adapter files, by the package (or module) that the classes of a library live in.
+LIBRARIES = {
+    "deepctr_torch": "deepctr_torch",
+    "fuxictr": "fuxictr",
+    "recbole": "recbole",
+    "reference.units": "reference",  # the whole name: others may have a package called "reference"
+    "torch_rechub": "torch_rechub",
+    "tzrec": "tzrec",
+}
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -54,7 +61,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "nothing to convert: the model holds no DIN module of " + ", ".join(LIBRARIES)
+            return "nothing to convert: the model holds no DIN module of " + ", ".join(LIBRARIES.values())
         lines = []
         for title, entries in (("swapped", self.swapped), ("left as it was", self.left)):
             lines += [f"{title}: {len(entries)}"] if entries else []
@@ -62,12 +69,23 @@ class Report:
         return "\n".join(lines)
 
 
+def _adapter_file(cls: type) -> str | None:
+    """The name of the adapter file for the library that ``cls`` is from."""
+    return LIBRARIES.get(cls.__module__) or LIBRARIES.get(cls.__module__.split(".", 1)[0])
+
+
 def _adapter(cls: type) -> tuple[type | None, Adapter | None]:
-    """The class an adapter exists for among ``cls`` and its bases, and the adapter."""
+    """The class an adapter exists for among ``cls`` and its bases, and the adapter.
+
+    ``ImportError`` where the library lacks what its adapter is about: another version, or another package of that name.
+    """
     for base in cls.__mro__:
-        library = base.__module__.split(".", 1)[0]
-        if library in LIBRARIES and issubclass(base, nn.Module):
-            adapters = importlib.import_module(f"din_kernels.integrations.{library}").ADAPTERS
+        library = _adapter_file(base)
+        if library is not None and issubclass(base, nn.Module):
+            try:
+                adapters = importlib.import_module(f"din_kernels.integrations.{library}").ADAPTERS
+            except AttributeError as error:
+                raise ImportError(str(error)) from error
             if base in adapters:
                 return base, adapters[base]
     return None, None
@@ -84,22 +102,33 @@ def convert(model: _Model, *, backend: str | None = None) -> tuple[_Model, Repor
 
     backend: for the converted modules; None (automatic), "triton" or "torch".
 
-    Converting twice changes nothing. Convert before ``torch.compile`` and before wrapping in ``DistributedDataParallel``.
+    While a part of a converted module carries hooks (the old ``weight_norm``, pruning, a probe) the library's own ``forward``
+    runs, so that they do. There is no double backward. Converting twice changes nothing.
+    Convert before ``torch.compile`` and before wrapping in ``DistributedDataParallel``.
     """
     _backend.check_name(backend)
     report = Report()
+    unknown: set[str] = set()  # packages that are not what their adapters know
     for name, module in model.named_modules():
         cls = type(module)
-        if cls.__module__.startswith("din_kernels."):
+        package = cls.__module__.split(".", 1)[0]
+        if package == "din_kernels" or package in unknown:
             continue
-        base, adapter = _adapter(cls)
+        try:
+            base, adapter = _adapter(cls)
+        except ImportError as error:
+            unknown.add(package)
+            reason = f"this {package} is not one that din_kernels knows, all of it stays as it is ({error})"
+            report.entries.append(Entry(name, cls.__qualname__, False, reason))
+            continue
         if base is None or adapter is None:
             continue
+        why: str | None
         if cls is not base:
-            reason: str | None = f"a subclass of {base.__name__}, which may do something else"
+            why = f"a subclass of {base.__name__}, which may do something else"
         else:
-            reason = adapter.why_not(module)
-        if reason is None and adapter.fused is not None:
+            why = adapter.why_not(module)
+        if why is None and adapter.fused is not None:
             detail = adapter.how(module)
             before = set(module.__dict__)
             module.__class__ = adapter.fused
@@ -108,7 +137,7 @@ def convert(model: _Model, *, backend: str | None = None) -> tuple[_Model, Repor
             report._originals.append((module, cls, added))
             report.entries.append(Entry(name, cls.__qualname__, True, detail))
         else:
-            report.entries.append(Entry(name, cls.__qualname__, False, reason or "not supported"))
+            report.entries.append(Entry(name, cls.__qualname__, False, why or "not supported"))
     return model, report
 
 

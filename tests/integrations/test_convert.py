@@ -99,3 +99,20 @@ def test_explicit_triton_runs_the_kernels(device):
     expected = model(query, keys, lengths)
     din_kernels.convert(model, backend="triton")
     torch.testing.assert_close(model(query, keys, lengths), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_another_package_of_a_known_name_is_left_alone(monkeypatch):
+    """Someone's own package called ``reference``, and a library in a version that lacks what the adapter is about."""
+    import sys
+    import types
+
+    mine = type("LocalActivationUnit", (nn.Linear,), {"__module__": "reference.mine"})
+    monkeypatch.setitem(sys.modules, "recbole", types.ModuleType("recbole"))
+    for name in [name for name in sys.modules if name.startswith(("recbole.", "din_kernels.integrations.recbole"))]:
+        monkeypatch.delitem(sys.modules, name)
+    old = type("SequenceAttLayer", (nn.Linear,), {"__module__": "recbole.model.layers"})
+    model = nn.Sequential(mine(3, 3), old(3, 3), old(3, 3), Dice(3))
+    _, report = din_kernels.convert(model)
+    assert [entry.name for entry in report.swapped] == ["3"]
+    assert [entry.name for entry in report.left] == ["1"]
+    assert "this recbole is not one that din_kernels knows" in str(report)

@@ -49,8 +49,26 @@ def slot_of(s, number, chunk, candidate, candidates, num_lists):
 
 @triton.jit
 def load_rows(keys, rows, live, d, key_stride, D: tl.constexpr):
-    """Columns ``d`` of ``rows``; 0 where a row is not live: what lies there may be NaN."""
-    return tl.load(keys + rows[:, None] * key_stride + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+    """Columns ``d`` of ``rows``; 0 where a row is not live: what lies there may be NaN. ``keys`` may be a tuple of tables
+    and ids instead of rows in memory: see ``load_gathered``."""
+    inside = live[:, None] & (d < D)[None, :]
+    if hasattr(keys, "__len__"):  # a tuple, compiled or interpreted, in every version of Triton that takes tuples
+        return load_gathered(keys, rows, live, d, key_stride, inside)
+    else:
+        return tl.load(keys + rows[:, None] * key_stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_gathered(keys, rows, live, d, strides, inside):
+    """[item ; category] of ``rows``, straight from ``keys`` = (item table, category table, item ids, category ids);
+    ``strides`` = (of the item table's rows, of the category table's, columns of an item)."""
+    item = tl.load(keys[2] + rows, mask=live, other=0).to(tl.int64)
+    category = tl.load(keys[3] + rows, mask=live, other=0).to(tl.int64)
+    of_item = (d < strides[2])[None, :]
+    x = tl.load(keys[0] + item[:, None] * strides[0] + d[None, :], mask=inside & of_item, other=0.0)
+    at = category[:, None] * strides[1] + (d - strides[2])[None, :]
+    y = tl.load(keys[1] + at, mask=inside & (of_item == 0), other=0.0)
+    return tl.where(of_item, x, y)
 
 
 @triton.jit

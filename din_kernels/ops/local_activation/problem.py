@@ -55,6 +55,25 @@ class UnitConfig:
         return self.activation == "dice"
 
 
+class Gathered(NamedTuple):
+    """Behaviours as ids: row r of the keys is [item_table[item_ids[r]] ; category_table[category_ids[r]]].
+
+    Tables [V, d] and [K, d'] of one dtype with unit stride along their columns; ids [R], contiguous, int32 or int64.
+    """
+
+    item_table: Tensor
+    category_table: Tensor
+    item_ids: Tensor
+    category_ids: Tensor
+
+    def tables_and_ids(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A plain tuple, which the kernels take for one argument."""
+        return self.item_table, self.category_table, self.item_ids, self.category_ids
+
+    def strides(self) -> tuple[int, int, int]:
+        return self.item_table.stride(0), self.category_table.stride(0), self.item_table.shape[1]
+
+
 class UnitTensors(NamedTuple):
     """The data of one call.
 
@@ -67,6 +86,8 @@ class UnitTensors(NamedTuple):
     biases    one [out] or None per linear layer
     alphas    one per hidden layer: Dice alpha [H], PReLU weight [1] or [H]; None otherwise
     means, rstds  one [H] per hidden layer for Dice: p = σ((z − mean) · rstd), batch or running statistics alike
+    gathered  where the keys are to be read instead (universal Triton kernels only); ``keys`` then has their shape, dtype
+              and device, but no memory worth reading
     """
 
     query: Tensor
@@ -79,6 +100,7 @@ class UnitTensors(NamedTuple):
     alphas: list[Tensor | None]
     means: list[Tensor]
     rstds: list[Tensor]
+    gathered: Gathered | None = None
 
 
 class UnitOutputs(NamedTuple):

@@ -180,13 +180,15 @@ class Prepared:
         outer = config.interaction == "outer"
         first = self.first.matrix if outer else self.first.shared
         assert first is not None
+        gathered = tensors.gathered
         return {
-            "keys": tensors.keys, "query": self.query, "offset": self.first.offset.contiguous(),
+            "keys": tensors.keys if gathered is None else gathered.tables_and_ids(),
+            "query": self.query, "offset": self.first.offset.contiguous(),
             "first": first.contiguous(),
             "product": self.first.offset if self.first.product is None else self.first.product.contiguous(),
             "weight2": upper[0] if upper else self.params, "weight3": upper[1] if len(upper) > 1 else self.params,
             "params": self.params, **self.item_operands(),
-            "key_stride": tensors.keys.stride(0),
+            "key_stride": tensors.keys.stride(0) if gathered is None else gathered.strides(),
         }  # fmt: skip
 
     def item_operands(self) -> dict[str, Any]:

@@ -277,9 +277,14 @@ def test_autocast_casts_inputs_and_keeps_statistics(activation):
     for parameter in (query, keys, *unit.parameters()):
         assert parameter.grad.dtype == torch.float32
         assert torch.isfinite(parameter.grad).all()
+    outside = query.grad.clone()
+    query.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        unit(query, keys).float().sum().backward()
+    assert torch.equal(query.grad, outside)  # no product inside was taken in bfloat16 here either
     if activation == "dice":
         assert unit.activations[0].running_mean.dtype == torch.float32
-        assert int(unit.activations[0].num_batches_tracked) == 2
+        assert int(unit.activations[0].num_batches_tracked) == 3
     double = unit.double()
     with torch.autocast("cpu", torch.bfloat16):
         assert double(query.double(), keys.double()).dtype == torch.float64  # autocast leaves float64 alone

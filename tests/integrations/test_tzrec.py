@@ -1,54 +1,11 @@
-"""TorchEasyRec's own ``DINEncoder`` and ``Dice``, from the installed package.
-
-The package imports TorchRec, FBGEMM and protocol buffers at its top; its DIN modules use none of them, so those imports are
-answered with empty modules here and the two files under test are the real ones.
-"""
+"""TorchEasyRec's own ``DINEncoder`` and ``Dice``, from the installed package (see conftest.py)."""
 
 from __future__ import annotations
-
-import importlib
-import importlib.util
-import sys
-import types
 
 import pytest
 import torch
 
 from ._parity import assert_parity, padded_inputs
-
-spec = importlib.util.find_spec("tzrec")
-if spec is None or not spec.submodule_search_locations:
-    pytest.skip("tzrec is not installed", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def tzrec():
-    class Unused:
-        pass
-
-    def arange(size, device):
-        return torch.arange(size, device=device)
-
-    stubs = {
-        "tzrec": {"__path__": list(spec.submodule_search_locations)},
-        "tzrec.modules.hstu": dict.fromkeys(
-            ("HSTUCacheState", "RelativeBucketedTimeAndPositionBasedBias", "SequentialTransductionUnitJagged"), Unused
-        ),
-        "tzrec.protos.seq_encoder_pb2": {"SeqEncoderConfig": Unused},
-        "tzrec.utils.config_util": {},
-        "tzrec.utils.fx_util": {"fx_arange": arange},
-    }
-    before = {name for name in sys.modules if name.split(".")[0] == "tzrec"}
-    for name, attributes in stubs.items():
-        module = types.ModuleType(name)
-        module.__dict__.update(attributes)
-        sys.modules[name] = module
-    yield types.SimpleNamespace(
-        DINEncoder=importlib.import_module("tzrec.modules.sequence").DINEncoder,
-        Dice=importlib.import_module("tzrec.modules.activation").Dice,
-    )
-    for name in [name for name in sys.modules if name.split(".")[0] == "tzrec" and name not in before]:
-        del sys.modules[name]
 
 
 @pytest.mark.parametrize("activation", ["nn.ReLU", "nn.Sigmoid", "nn.PReLU", "Dice", "nn.Tanh"])

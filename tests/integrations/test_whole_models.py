@@ -97,3 +97,83 @@ def test_torch_rechub():
     model = spread(model)
     model.train()
     compare(model, click_batches(), lambda model, batch: model(batch), minimum=1)
+
+
+def test_recbole():
+    """RecBole's DIN over a data set of three fields that exists in memory only."""
+    pytest.importorskip("recbole")
+    pytest.importorskip("recbole.model.sequential_recommender.din")
+    from recbole.data.interaction import Interaction
+    from recbole.model.sequential_recommender.din import DIN
+    from recbole.utils import FeatureType
+
+    class Dataset:
+        field2type = {"user": FeatureType.TOKEN, "item": FeatureType.TOKEN}  # noqa: RUF012
+        config = {"numerical_features": []}  # noqa: RUF012
+
+        def num(self, field):
+            return {"user": 5, "item": 40}[field]
+
+        def get_user_feature(self):
+            return Interaction({"user": torch.arange(5)})
+
+        def get_item_feature(self):
+            return Interaction({"item": torch.arange(40)})
+
+    config = {
+        "USER_ID_FIELD": "user", "ITEM_ID_FIELD": "item", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "length",
+        "NEG_PREFIX": "neg_", "MAX_ITEM_LIST_LENGTH": 6, "LABEL_FIELD": "label", "device": torch.device("cpu"),
+        "embedding_size": 8, "mlp_hidden_size": [16, 8], "pooling_mode": "mean", "dropout_prob": 0.0,
+        "numerical_features": [],
+    }  # fmt: skip
+    model = spread(DIN(config, Dataset()))
+    model.train()
+
+    def forward(model, batch):
+        users = batch["item"] % 5
+        return torch.sigmoid(model(users, batch["history"], batch["lengths"], batch["item"]))
+
+    compare(model, click_batches(), forward, minimum=3)
+
+
+class TwoTowers(torch.nn.Module):
+    """Attention over a history, then an MLP on (item, pooled): how FuxiCTR's model zoo and TorchEasyRec's configurations put
+    their layers together. (The wheels of both hold the layers, not a model that runs without their data pipelines.)"""
+
+    def __init__(self, attention, top, attend):
+        super().__init__()
+        self.table = torch.nn.Embedding(40, 8, padding_idx=0)
+        self.attention, self.top, self.attend = attention, top, attend
+
+    def forward(self, batch):
+        item, history = self.table(batch["item"]), self.table(batch["history"])
+        pooled = self.attend(self.attention, item, history, batch)
+        return torch.sigmoid(self.top(torch.cat([item, pooled], dim=1)))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_fuxictr(softmax):
+    pytest.importorskip("fuxictr")
+    from fuxictr.pytorch.layers.attentions.target_attention import DIN_Attention
+    from fuxictr.pytorch.layers.blocks.mlp_block import MLP_Block
+
+    model = spread(
+        TwoTowers(
+            DIN_Attention(8, [16], "Dice", use_softmax=softmax),
+            MLP_Block(16, [16, 8], "ReLU", output_dim=1, batch_norm=True),
+            lambda attention, item, history, batch: attention(item, history, mask=batch["history"] != 0),
+        )
+    )
+    compare(model.train(), click_batches(), lambda model, batch: model(batch), minimum=2)
+
+
+def test_tzrec(tzrec):
+    from tzrec.modules.mlp import MLP
+
+    def attend(encoder, item, history, batch):
+        return encoder({"c.query": item, "c.sequence": history, "c.sequence_length": batch["lengths"]})
+
+    top = torch.nn.Sequential(MLP(16, [16, 8], activation="Dice", dim=2), torch.nn.Linear(8, 1))
+    encoder = tzrec.DINEncoder(8, 8, "c", {"hidden_units": [16, 8], "activation": "Dice"})
+    model = spread(TwoTowers(encoder, top, attend))
+    compare(model.train(), click_batches(), lambda model, batch: model(batch), minimum=5)

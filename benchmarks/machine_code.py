@@ -193,6 +193,11 @@ def _amd(case: CompileCase, compiled: Any, arch: Architecture) -> dict[str, Any]
     }
 
 
+def _places(index: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Where the compiler looks for the attributes of an argument: a tuple's members have places of their own."""
+    return [(index,)] if isinstance(kind, str) else [(index, member) for member in range(len(kind))]
+
+
 def measure(case: CompileCase, target: str) -> dict[str, Any]:
     """Compile ``case`` for ``target`` and return its figures, or ``{"error": ...}`` if it does not compile.
 
@@ -209,7 +214,12 @@ def measure(case: CompileCase, target: str) -> dict[str, Any]:
     if stray or missing:
         return {"error": f"the case does not match the kernel's arguments: unknown {stray}, missing {missing}"}
     signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned if n in case.signature}
+    attributes = {
+        place: [["tt.divisibility", 16]]
+        for name in case.aligned
+        if name in case.signature
+        for place in _places(names.index(name), case.signature[name])
+    }
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     try:
         source = ASTSource(case.kernel, signature=signature, constexprs=dict(case.constexprs), attrs=attributes)

@@ -20,7 +20,8 @@ class CompileCase:
 
     name        unique and stable, e.g. ``"local_activation/forward_packed/product-D64-80x40-sigmoid-bf16"``
     kernel      the ``@triton.jit`` function
-    signature   runtime argument -> Triton type, e.g. ``{"keys": "*bf16", "num_rows": "i64"}``
+    signature   runtime argument -> Triton type, e.g. ``{"keys": "*bf16", "num_rows": "i64"}``; a tuple of types for an
+                argument that is a tuple
     constexprs  compile-time argument -> value
     rows        behaviour rows (or elements, see ``unit``) that one trip of the kernel's main loop handles per program
     unit        what ``rows`` counts
@@ -30,7 +31,7 @@ class CompileCase:
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2

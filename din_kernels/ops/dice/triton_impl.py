@@ -1,4 +1,8 @@
-"""Launches of the Dice kernels: how rows and channels are cut up, and the same five functions as ``torch_impl``."""
+"""Launches of the Dice kernels: how rows and channels are cut up, and the same five functions as ``torch_impl``.
+
+The numbers below follow from registers, bytes in flight and bytes read twice, checked by compiling ahead of time. None of
+them has been tuned on a GPU yet.
+"""
 
 from __future__ import annotations
 

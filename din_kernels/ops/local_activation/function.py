@@ -80,9 +80,8 @@ def _config(tensors: UnitTensors, rest: Sequence[Any]) -> UnitConfig:
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device (not every device has it: meta)."""
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for the tensor's device; meta has none, and asking about it raises."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _exactly(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 
-from din_kernels.ops.local_activation import packed_backward, triton_impl, universal, universal_backward
+from din_kernels.ops.local_activation import packed, packed_backward, triton_impl, universal, universal_backward
 from din_kernels.ops.local_activation.problem import UnitGradients
 from din_kernels.testing import hostile_gradients
 from tests.support.memory_monitor import memory_monitor
@@ -159,3 +162,66 @@ def test_a_wrong_kernel_is_caught(device, monkeypatch):
     monkeypatch.setattr(kernels, "second_layer_sums", Nothing())
     with pytest.raises(AssertionError, match="grad weights"):
         check_gradients(case, run_backward(case))
+
+
+def test_lengths_never_recompile(monkeypatch):
+    """What launches hand over as compile-time or specialised must not depend on rows, lists or lengths: one variant of
+    every kernel, whatever the batch."""
+    from din_kernels.ops.local_activation import kernels_packed_backward as down
+    from din_kernels.ops.local_activation import kernels_packed_forward as up
+    from din_kernels.ops.local_activation import kernels_packed_tables as tables
+
+    seen: dict[str, set] = {}
+
+    class Recorder:
+        def __init__(self, name, kernel):
+            self.name, self.kernel, self.arg_names = name, kernel, kernel.arg_names
+
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+                key = tuple(
+                    (n, v if not isinstance(v, torch.Tensor) else (v.dtype, v.data_ptr() % 16 == 0))
+                    for n, v in sorted(values.items())
+                    if n not in FREE and not isinstance(v, float)
+                )
+                seen.setdefault(self.name, set()).add(key)
+                return self.kernel[grid](*args, **kwargs)
+
+            return launch
+
+    names = {
+        tables: ("sum_slots", "make_tables", "fill_slots"),
+        up: ("forward_packed", "normalise_packed"),
+        down: ("backward_scores", "backward_inputs", "first_layer_sums", "second_layer_sums"),
+    }
+    for module, kernels in names.items():
+        for name in kernels:
+            monkeypatch.setattr(module, name, Recorder(name, getattr(module, name)))
+    for lengths, scale in (((1,), 1.0), ((5, 0, 17), 0.5), ((16,) * 4, 1.0), ((150, 2), 2.0)):
+        case = make_case(Spec(lengths, 8, (16, 8), softmax=True, scale=scale))
+        packed.forward(case.config, case.tensors, return_weights=True)
+        run_backward(case)
+    assert seen.keys() == {name for kernels in names.values() for name in kernels}
+    for name, keys in seen.items():
+        assert len(keys) == 1, (name, keys)
+
+
+# Names that the kernels mark ``do_not_specialize`` (the interpreter does not keep the marks).
+FREE = {
+    "queries", "candidates", "first_tile", "end_tile", "weight_row", "weight_candidate", "weight_list",
+}  # fmt: skip
+
+
+def test_the_names_left_free_are_marked():
+    """FREE above is what the sources say."""
+    from din_kernels.ops.local_activation import kernels_packed_tables
+
+    for module in ("kernels_packed_tables", "kernels_packed_forward", "kernels_packed_backward"):
+        source = Path(inspect.getfile(kernels_packed_tables)).with_name(f"{module}.py").read_text()
+        marks = re.findall(r"do_not_specialize=\[(.*?)\]", source, re.S)
+        kernels = re.findall(r"@triton\.jit\(do_not_specialize.*?\ndef (\w+)\((.*?)\):", source, re.S)
+        assert len(marks) == len(kernels) > 0
+        for mark, (name, arguments) in zip(marks, kernels, strict=True):
+            runtime = {a.strip() for a in arguments.split(",") if ":" not in a}
+            assert set(re.findall(r'"(\w+)"', mark)) == FREE & runtime, name

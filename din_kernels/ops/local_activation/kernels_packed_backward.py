@@ -34,7 +34,7 @@ from .kernels_packed_common import (
     scale_of,
     tile_borders,
 )
-from .kernels_packed_forward import first_layer
+from .kernels_packed_forward import add_first_layer
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def through_activation(dh, z, h, live, alpha, mean, rstd, sums, n, H: tl.constex
         dz = dh * (h * (1.0 - h))
         return dz, dz
     elif ACT == RELU:
-        dz = tl.where(z <= 0, 0.0, dh)
+        dz = tl.where(h.to(tl.float32) == 0, 0.0, dh)  # of z and h, h takes half the registers
         return dz, dz
     elif ACT == PRELU:
         a = load_vector(alpha, n, H, True)[None, :]
@@ -180,26 +180,31 @@ def backward_scores(
         its_q = first + segment
         g_a = load_rows(grad_pooled, its_q, d_a, its_q < queries, D, D, True)
         crossed = tl.dot(e_a, tl.trans(g_a), input_precision=PRECISION)  # [TILE, SEGMENTS]
-        e_r, v_r, ve_r = e_a, v_a, ve_a
+        # Forward again. Vectors are loaded where they are used: to keep them would take the registers of a tile.
+        b1_a = load_vector(bias1, n_a, H1, (BIASES & 1) > 0) * scale_of(ACT)
+        z_a = add_first_layer(tl.broadcast_to(b1_a[None, :], [TILE, A1]), e_a, v_a, ve_a, k_aa, p_aa, q_aa, PRECISION)
+        z_r = z_a
+        if R1 > 0:
+            b1_r = load_vector(bias1, n_r, H1, (BIASES & 1) > 0) * scale_of(ACT)
+            z_r = add_first_layer(
+                tl.broadcast_to(b1_r[None, :], [TILE, R1]), e_a, v_a, ve_a, k_ar, p_ar, q_ar, PRECISION
+            )
         if RD > 0:
             e_r = load_rows(keys, row, d_r, live, key_stride, D, CONTIGUOUS)
             v_r = load_rows(query, q, d_r, live, D, D, True)
             ve_r = product(v_r, e_r, FAST)
             g_r = load_rows(grad_pooled, its_q, d_r, its_q < queries, D, D, True)
             crossed = tl.dot(e_r, tl.trans(g_r), crossed, input_precision=PRECISION)
+            z_a = add_first_layer(z_a, e_r, v_r, ve_r, k_ra, p_ra, q_ra, PRECISION)
+            if R1 > 0:
+                z_r = add_first_layer(z_r, e_r, v_r, ve_r, k_rr, p_rr, q_rr, PRECISION)
         ds = tl.sum(tl.where((q - first)[:, None] == segment[None, :], crossed, 0.0), axis=1)
-
-        # Forward again. Vectors are loaded where they are used: to keep them would take the registers of a tile.
-        b1_a = load_vector(bias1, n_a, H1, (BIASES & 1) > 0) * scale_of(ACT)
-        z_a = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_aa, p_aa, q_aa, k_ra, p_ra, q_ra, b1_a, RD, PRECISION)
         c0, c1, c2 = load_activation(alpha1, mean1, rstd1, n_a, H1, ACT)
         h_a = activate(z_a, c0, c1, c2, ACT, FAST)
         if H2 > 0:
             h_a = h_a.to(dtype)  # what the next layer sees; half the registers
-        z_r, h_r = z_a, h_a
+        h_r = h_a
         if R1 > 0:
-            b1_r = load_vector(bias1, n_r, H1, (BIASES & 1) > 0) * scale_of(ACT)
-            z_r = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_ar, p_ar, q_ar, k_rr, p_rr, q_rr, b1_r, RD, PRECISION)
             c0, c1, c2 = load_activation(alpha1, mean1, rstd1, n_r, H1, ACT)
             h_r = activate(z_r, c0, c1, c2, ACT, FAST)
             if H2 > 0:
@@ -390,9 +395,9 @@ def backward_inputs(
         if R1 > 0:
             gamma = tl.dot(of_segment, dz_r, input_precision=PRECISION)
             store_segments(gamma, n_r, first, segment, whole, part, at_carry, D, list_sums, carry, H1, D + H1)
-        input_gradients(dz_a, dz_r, weights, k_aa, p_aa, k_ar, p_ar, of_segment, d_a, queries, row, live, keys, query, grad_pooled,
-                        grad_keys, first, segment, whole, part, at_carry, list_sums, carry, key_stride, D, H1, R1, ACT,
-                        PRECISION, CONTIGUOUS)  # fmt: skip
+        input_gradients(dz_a, dz_r, weights, k_aa, p_aa, k_ar, p_ar, of_segment, d_a, queries, row, live, keys, query,
+                        grad_pooled, grad_keys, first, segment, whole, part, at_carry, list_sums, carry, key_stride,
+                        D, H1, R1, ACT, PRECISION, CONTIGUOUS)  # fmt: skip
         if RD > 0:
             input_gradients(dz_a, dz_r, weights, k_ra, p_ra, k_rr, p_rr, of_segment, d_r, queries, row, live, keys, query,
                             grad_pooled, grad_keys, first, segment, whole, part, at_carry, list_sums, carry, key_stride,

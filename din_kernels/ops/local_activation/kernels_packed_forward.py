@@ -26,19 +26,11 @@ from .kernels_packed_common import (
 
 
 @triton.jit
-def first_layer(
-    e_a, v_a, ve_a, e_r, v_r, ve_r, k_a, p_a, q_a, k_r, p_r, q_r, bias, RD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """z1 [TILE, n] of rows [e ; v∘e ; v], each in the two blocks of its columns."""
-    z = tl.broadcast_to(bias[None, :], [e_a.shape[0], bias.shape[0]])
-    z = tl.dot(e_a, k_a, z, input_precision=PRECISION)
-    z = tl.dot(v_a, q_a, z, input_precision=PRECISION)
-    z = tl.dot(ve_a, p_a, z, input_precision=PRECISION)
-    if RD > 0:
-        z = tl.dot(e_r, k_r, z, input_precision=PRECISION)
-        z = tl.dot(v_r, q_r, z, input_precision=PRECISION)
-        z = tl.dot(ve_r, p_r, z, input_precision=PRECISION)
-    return z
+def add_first_layer(z, e, v, ve, k, p, q, PRECISION: tl.constexpr):
+    """z1 [TILE, n] += rows [e ; v∘e ; v] of one block of the embedding, times their weights."""
+    z = tl.dot(e, k, z, input_precision=PRECISION)
+    z = tl.dot(v, q, z, input_precision=PRECISION)
+    return tl.dot(ve, p, z, input_precision=PRECISION)
 
 
 @triton.jit
@@ -134,15 +126,20 @@ def forward_packed(
         e_a = load_rows(keys, row, d_a, live, key_stride, D, CONTIGUOUS)
         v_a = load_rows(query, q, d_a, live, D, D, True)
         ve_a = product(v_a, e_a, FAST)
-        e_r, v_r, ve_r = e_a, v_a, ve_a
+        z_a = add_first_layer(tl.broadcast_to(b1_a[None, :], [TILE, A1]), e_a, v_a, ve_a, k_aa, p_aa, q_aa, PRECISION)
+        if R1 > 0:
+            z_r = add_first_layer(
+                tl.broadcast_to(b1_r[None, :], [TILE, R1]), e_a, v_a, ve_a, k_ar, p_ar, q_ar, PRECISION
+            )
         if RD > 0:
             e_r = load_rows(keys, row, d_r, live, key_stride, D, CONTIGUOUS)
             v_r = load_rows(query, q, d_r, live, D, D, True)
             ve_r = product(v_r, e_r, FAST)
-        z_a = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_aa, p_aa, q_aa, k_ra, p_ra, q_ra, b1_a, RD, PRECISION)
+            z_a = add_first_layer(z_a, e_r, v_r, ve_r, k_ra, p_ra, q_ra, PRECISION)
+            if R1 > 0:
+                z_r = add_first_layer(z_r, e_r, v_r, ve_r, k_rr, p_rr, q_rr, PRECISION)
         h_a = apply(z_a, alpha1_a, slope1_a, shift1_a, alpha1, mean1, rstd1, n_a, H1, ACT, FAST, HOIST)
         if R1 > 0:
-            z_r = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_ar, p_ar, q_ar, k_rr, p_rr, q_rr, b1_r, RD, PRECISION)
             h_r = apply(z_r, alpha1_r, slope1_r, shift1_r, alpha1, mean1, rstd1, n_r, H1, ACT, FAST, HOIST)
         if H2 > 0:
             y_a = tl.dot(h_a.to(dtype), w2_aa, tl.broadcast_to(b2_a[None, :], [TILE, A2]), input_precision=PRECISION)

@@ -95,6 +95,8 @@ def make_tables(config: UnitConfig, tensors: UnitTensors) -> Tables:
     tiles = -(-most_slots(config, tensors) // TILE)
     blocks = -(-(queries + 1 + SEGMENTS) // TABLE_BLOCK)
     sizes = [tiles * TILE, tiles * TILE, tiles + 1, queries + 1 + SEGMENTS, blocks]
+    # In whole steps of 16 bytes: Triton compiles a kernel anew for pointers that are aligned otherwise.
+    sizes = [-(-size // 4) * 4 for size in sizes]
     memory = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     slot_query, slot_row, tile_first, first_slot, sums = memory.split(sizes)
     lists = (tensors.starts, tensors.ends)

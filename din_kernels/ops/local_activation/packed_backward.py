@@ -20,10 +20,20 @@ LOG2_E = 1.4426950408889634
 # is for, 40 to 50 MB, with room for the rest.
 BETWEEN_BYTES = 24 << 20
 
+# Kernels with much to keep run without fetching ahead; the sums over rows, with two tiles ahead.
+ROW_OPTIONS = {"num_warps": 4, "num_stages": 1}
+SUM_OPTIONS = {"num_warps": 4, "num_stages": 3}
+
 
 def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
-    """As ``packed.fits``, for the backward kernel."""
-    return True
+    """As ``packed.fits``, for the backward kernels (``shipped.compile_cases`` holds them to it)."""
+    widths = widths_of(config)
+    channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
+    if dtype == torch.float32:
+        return False
+    if config.activation in ("dice", "prelu"):
+        return channels <= 64
+    return capability >= 90 or max(widths.a1, widths.a2) <= 64
 
 
 def serves_backward(config: UnitConfig, tensors: UnitTensors, grad_weights: Tensor | None) -> bool:
@@ -32,6 +42,11 @@ def serves_backward(config: UnitConfig, tensors: UnitTensors, grad_weights: Tens
     if config.candidates > 1 or (config.softmax and grad_weights is not None):
         return False
     return serves(config, tensors) and fits(config, tensors.keys.dtype, capability_of(tensors.keys.device))
+
+
+def sum_columns(dim: int) -> int:
+    """Columns of the embedding to a program of ``first_layer_sums``."""
+    return min(64, next_power_of_two(dim))
 
 
 def vector_sizes(config: UnitConfig) -> list[int]:
@@ -112,7 +127,7 @@ def backward(
             "grad_pooled": grad_pooled, "grad_keys": grad_keys, "list_sums": list_sums, "carry": carry,
             **pick(constants, kernels.backward_inputs),
         }  # fmt: skip
-        block = min(64, next_power_of_two(dim))
+        block = sum_columns(dim)
         first_layer: dict[str, Any] = {
             "dz1": dz1, **pick(call.layer_operands(), kernels.first_layer_sums), **pick(tabled, kernels.first_layer_sums),
             "totals": first_sums, **pick(constants, kernels.first_layer_sums),
@@ -124,12 +139,12 @@ def backward(
             **pick(constants, kernels.second_layer_sums),
         }  # fmt: skip
         for first, end in batches:
-            tiles = {"first_tile": first, "end_tile": end, "num_warps": 4}
-            kernels.backward_scores[(programs,)](**scores, **tiles, num_stages=1)
-            kernels.backward_inputs[(programs,)](**inputs, **tiles, num_stages=1)
-            kernels.first_layer_sums[(programs, -(-dim // block))](**first_layer, **tiles, num_stages=3)
+            tiles = {"first_tile": first, "end_tile": end}
+            kernels.backward_scores[(programs,)](**scores, **tiles, **ROW_OPTIONS)
+            kernels.backward_inputs[(programs,)](**inputs, **tiles, **ROW_OPTIONS)
+            kernels.first_layer_sums[(programs, -(-dim // block))](**first_layer, **tiles, **SUM_OPTIONS)
             if two:
-                kernels.second_layer_sums[(programs,)](**second_layer, **tiles, num_stages=3)
+                kernels.second_layer_sums[(programs,)](**second_layer, **tiles, **SUM_OPTIONS)
         finish_packed[(-(-queries // FINISH_LISTS),)](
             carry, carry, tables.first_slot, list_sums, list_sums, queries,
             D=width, BLOCK_D=next_power_of_two(width), LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,

@@ -1,5 +1,6 @@
 """Every kernel configuration of the local activation unit that must compile well on machines that are not here.
 
+The packed kernels are compiled for the shapes of the benchmarks and the largest ones that they serve.
 The universal kernels are compiled from whatever widths a model has, so the cases are a spread over them: both
 interactions, one to three layers, narrow to the limit, every activation, all precisions. Their tilings come from
 the functions that the launches use.
@@ -7,12 +8,13 @@ the functions that the launches use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ..._tuning import CompileCase
+from . import packed, packed_backward
 from .problem import UnitConfig
 from .universal import Tiling, kernel_precision, launch_options, shape_constants, tiling
 
@@ -125,5 +127,103 @@ def _universal() -> Iterator[CompileCase]:
         )
 
 
+# (activation, D, hidden widths, softmax)
+_PACKED: tuple[tuple[str, int, tuple[int, ...], bool], ...] = (
+    ("sigmoid", 64, (36,), False),
+    ("sigmoid", 64, (80, 40), False),
+    ("sigmoid", 128, (80, 40), False),
+    ("relu", 64, (64, 64), False),
+    ("prelu", 64, (36,), True),
+    ("dice", 36, (36,), False),
+    ("dice", 64, (36,), True),
+    ("dice", 64, (80, 40), False),
+)
+_TABLES = {"first_slot", "tile_first", "slot_query", "slot_row"}
+_PACKED_LIKE_KEYS = {
+    "keys", "query", "weight1", "bias1", "alpha1", "weight2", "bias2", "alpha2", "weight_out", "bias_out", "pooled",
+    "grad_pooled", "grad_weights", "grad_keys", "dz1", "h1", "dz2",
+}  # fmt: skip
+_PACKED_NUMBERS = _NUMBERS | {"queries", "first_tile", "end_tile"}
+
+
+def _packed_case(
+    name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], options: dict[str, int],
+    targets: tuple[str, ...], fast: bool,
+) -> CompileCase:  # fmt: skip
+    two = len(config.hidden_units) > 1
+    everything = {
+        **packed.shape_constants(config), "BIASES": 7 if two else 3, "FAST": fast, "CONTIGUOUS": True,
+        "PRECISION": packed.kernel_precision(config, dtype), "SOFTMAX": config.softmax, **extra,
+    }  # fmt: skip
+    constants = {k: v for k, v in everything.items() if k in kernel.arg_names}
+
+    def kind(argument: str) -> str:
+        if argument in _PACKED_NUMBERS:
+            return "i32"
+        if argument == "scale":
+            return "fp32"
+        if argument in _TABLES:
+            return "*i32"
+        if argument in ("starts", "ends"):
+            return "*i64"
+        return "*" + (_TYPES[dtype] if argument in _PACKED_LIKE_KEYS else "fp32")
+
+    signature = {a: kind(a) for a in kernel.arg_names if a not in constants}
+    aligned = tuple(a for a, k in signature.items() if k.startswith("*") and a not in (*_TABLES, "starts", "ends"))
+    widths = "x".join(map(str, config.hidden_units))
+    precision = "tf32" if dtype == torch.float32 else _TYPES[dtype]
+    softmax = "-softmax" if config.softmax else ""
+    return CompileCase(
+        name=f"local_activation/packed/{name}{'' if fast else '-amd'}/D{config.embedding_dim}-{widths}-"
+        f"{config.activation}{softmax}-{precision}",
+        kernel=kernel, signature=signature, constexprs=constants, rows=packed.TILE, aligned=aligned, targets=targets,
+        **options,
+    )  # fmt: skip
+
+
+def _packed() -> Iterator[CompileCase]:
+    from . import kernels_packed_backward as down
+    from . import kernels_packed_forward as up
+
+    def cases(
+        name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], options: dict[str, int],
+        fits: Callable[[UnitConfig, torch.dtype, int], bool],
+    ) -> Iterator[CompileCase]:  # fmt: skip
+        targets = tuple(t for t, capability in (("sm_80", 80), ("sm_90", 90)) if fits(config, dtype, capability))
+        if targets:
+            yield _packed_case(name, kernel, config, dtype, extra, options, targets, True)
+        if "sm_80" in targets:  # what AMD's GPUs count as
+            yield _packed_case(name, kernel, config, dtype, extra, options, ("gfx942",), False)
+
+    def kinds(
+        config: UnitConfig, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int], Callable[..., bool]]]:
+        widths, dim = packed.widths_of(config), config.embedding_dim
+        plain, ahead = packed_backward.ROW_OPTIONS, packed_backward.SUM_OPTIONS
+        yield "forward", up.forward_packed, {"HAS_ATTENTION": False}, packed.launch_options(config), packed.fits
+        scores = {"HAS_GRAD_WEIGHTS": False, "BATCH_STATISTICS": config.uses_dice}
+        yield "scores", down.backward_scores, scores, plain, packed_backward.fits
+        yield "inputs", down.backward_inputs, {}, plain, packed_backward.fits
+        block = {
+            "BLOCK_D": packed_backward.sum_columns(dim),
+            "H": config.hidden_units[0],
+            "A": widths.a1,
+            "R": widths.r1,
+        }
+        yield "first-sums", down.first_layer_sums, block, ahead, packed_backward.fits
+        if len(config.hidden_units) > 1:
+            yield "second-sums", down.second_layer_sums, {}, ahead, packed_backward.fits
+
+    for activation, dim, widths, softmax in _PACKED:
+        config = UnitConfig("product", activation, dim, widths, softmax=softmax)
+        for name, kernel, extra, options, fits in kinds(config, torch.bfloat16):
+            yield from cases(name, kernel, config, torch.bfloat16, extra, options, fits)
+    config = UnitConfig("product", "sigmoid", 64, (36,), precision="tf32")
+    options = packed.launch_options(config)
+    yield from cases(
+        "forward", up.forward_packed, config, torch.float32, {"HAS_ATTENTION": False}, options, packed.fits
+    )
+
+
 def compile_cases() -> list[CompileCase]:
-    return list(_universal())
+    return [*_packed(), *_universal()]

@@ -75,12 +75,15 @@ def size(count: float) -> str:
     return "< 1 MiB"
 
 
-def times(spread: Spread) -> str:
-    """ "2.9× (2.7–3.1)", in bold where the fused contestant loses."""
+def times(record: Record) -> str:
+    """As "2.9× (2.7–3.1)", in bold where the fused contestant loses (to another than itself in another layout)."""
+    spread = record.times_fused
+    if spread is None:
+        return "–"
     text = f"{spread.median:.2g}× ({spread.low:.2g}–{spread.high:.2g})"
     if spread.median >= 10:
         text = f"{spread.median:.0f}× ({spread.low:.0f}–{spread.high:.0f})"
-    return f"**{text}**" if spread.median < 1 else text
+    return f"**{text}**" if spread.median < 1 and not record.contestant.startswith(FIRST) else text
 
 
 def shape(record: Record) -> str:
@@ -128,8 +131,7 @@ def suite_table(found: Sequence[Race], *, full: bool) -> str:
         if graph:
             cells.append(duration(fused.graph.median) if fused.graph else "–")
         for name in names:
-            other = by_name.get(name)
-            cells.append(times(other.times_fused) if other and other.times_fused else "–")
+            cells.append(times(by_name[name]) if name in by_name else "–")
         eager = by_name.get("eager")
         memory = size(fused.peak_bytes or 0)
         if eager and eager.status == "ok":

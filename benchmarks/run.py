@@ -3,9 +3,9 @@
     python -m benchmarks.run --cpu [--quick] [--out DIR]     about 6 minutes; 90 seconds with --quick
     python -m benchmarks.run --gpu [--quick] [--out DIR]     parity first, then everything; within 10 minutes with --quick
 
-Writes DIR/cpu.json or DIR/gpu.json (``cpu-quick.json``, ... with --quick) for ``python -m benchmarks.report``, and
-pytest-benchmark's own file beside it. To publish: ``--out benchmarks/results``, then ``make report``, and commit both.
-What follows ``--`` goes to pytest, for example ``-- -k dice``.
+Writes DIR/cpu.json or DIR/gpu.json (``cpu-quick.json``, ... with --quick) for ``python -m benchmarks.report``;
+pytest-benchmark's own file, which names the machine, goes to runs/benchmarks. To publish: ``--out benchmarks/results``, then
+``make report``, and commit both. What follows ``--`` goes to pytest, for example ``-- -k dice``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "runs" / "benchmarks"
 PARITY_SECONDS = {True: 150, False: 1500}
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         "--keep", action="store_true", help="keep the result file's records of races that are not run again"
     )
     parser.add_argument("--skip-parity", action="store_true", help="do not run the tests on the GPU first")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
+    parser.add_argument("--out", type=Path, default=RUNS)
     args, rest = parser.parse_known_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: what is timed is compiled
     if args.cpu:  # compile in this process: starting a pool of others costs more than it saves on a few cores
@@ -74,10 +75,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads or os.cpu_count() or 1)
     name = ("cpu" if args.cpu else "gpu") + ("-smoke" if args.smoke else "-quick" if args.quick else "")
     args.out.mkdir(parents=True, exist_ok=True)
+    own_file = RUNS / f"{name}.pytest-benchmark.json"
+    own_file.parent.mkdir(parents=True, exist_ok=True)
     options = [
         *(str(Path(__file__).parent / f"{suite}.py") for suite in UNTIL),
         "--bench-device", "cpu" if args.cpu else "cuda", "--bench-json", str(args.out / f"{name}.json"),
-        "--benchmark-columns", "median,iqr,min,rounds", "--benchmark-json", str(args.out / f"{name}.pytest-benchmark.json"),
+        "--benchmark-columns", "median,iqr,min,rounds", "--benchmark-json", str(own_file),
         "-p", "no:xdist", "-p", "no:randomly", "-q", "-s",
         *(["--bench-minutes", str(args.minutes)] if args.minutes else []),
         *(["--bench-keep"] if args.keep else []),

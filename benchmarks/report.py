@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .record import FIRST, RESULTS, Record, Spread, read
+from .record import FIRST, RESULTS, Record, read
 from .static_budget import RECORD as STATIC_RECORD
 
 ROOT = Path(__file__).parents[1]

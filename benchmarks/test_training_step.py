@@ -92,7 +92,8 @@ def step_of(
 
     def step(batch: Batch) -> tuple[Tensor, ...]:
         loss = nn.functional.binary_cross_entropy_with_logits(called(batch), batch.label.to(parameters[0].dtype))
-        total = loss if penalty is None else loss + penalty.penalty(model, batch)
+        extra = None if penalty is None else penalty.penalty(model, batch)
+        total = loss if extra is None else loss + extra
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         total.backward()

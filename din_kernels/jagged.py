@@ -59,18 +59,23 @@ def from_nested(nested: Tensor) -> Jagged:
     if not nested.is_nested or nested.layout != torch.jagged:
         raise TypeError("expected a torch.nested tensor with layout=torch.jagged: torch.nested.as_nested_tensor(lists, "
                         "layout=torch.jagged)")  # fmt: skip
-    if getattr(nested, "_ragged_idx", 1) != 1:
-        raise ValueError(f"only dimension 1 may be ragged, got ragged dimension {nested._ragged_idx}")
-    if nested.lengths() is not None:
-        raise ValueError("nested tensors with holes (made by torch.nested.narrow) are not supported: call .contiguous()")
-    return Jagged(nested.values(), nested.offsets())
+    inside: Any = nested  # the subclass's own methods, which Tensor's stubs do not know
+    if getattr(inside, "_ragged_idx", 1) != 1:
+        raise ValueError(f"only dimension 1 may be ragged, got ragged dimension {inside._ragged_idx}")
+    if inside.lengths() is not None:
+        raise ValueError(
+            "nested tensors with holes (made by torch.nested.narrow) are not supported: call .contiguous()"
+        )
+    return Jagged(inside.values(), inside.offsets())
 
 
 def from_jagged_tensor(jagged: Any) -> Jagged:
     """A TorchRec ``JaggedTensor`` (or one key of a ``KeyedJaggedTensor``) -> Jagged, without importing TorchRec."""
     for name in ("values", "offsets"):
         if not callable(getattr(jagged, name, None)):
-            raise TypeError(f"expected a TorchRec JaggedTensor with .values() and .offsets(), got {type(jagged).__name__}")
+            raise TypeError(
+                f"expected a TorchRec JaggedTensor with .values() and .offsets(), got {type(jagged).__name__}"
+            )
     if callable(getattr(jagged, "keys", None)):
         raise TypeError("a KeyedJaggedTensor holds several lists per sample: pick one, kjt['history']")
     return Jagged(jagged.values(), jagged.offsets())

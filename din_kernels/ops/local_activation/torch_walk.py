@@ -27,8 +27,8 @@ def _even(packed: PackedRows) -> bool:
     """Whether lists can be laid side by side with little padding.
 
     Forming A costs a list D·H once and then saves D·H per behaviour and direction, but pieces of uneven lists are padded
-    and gathered, which costs more (uniform lengths up to 100, D = 64, 80-40: 35 ms against 27 in rows; all of length 100:
-    24 ms against 27).
+    and gathered, which costs more (D = 64, 80-40, 256 lists, one thread, time against rows: 0.77 when all have 100 rows, 1.1
+    when their lengths are uniform up to 100).
     """
     if packed.count == 0:
         return False

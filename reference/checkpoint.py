@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,9 +26,15 @@ class Progress:
     peak_bytes: int = 0
 
 
-def save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, depends_on: dict[str, Any]
-) -> None:
+class Stateful(Protocol):
+    """An optimizer, or several as one."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def save(path: Path, model: nn.Module, optimizer: Stateful, progress: Progress, depends_on: dict[str, Any]) -> None:
     state = {
         "format": FORMAT,
         "options": json.dumps(depends_on, sort_keys=True),
@@ -43,7 +49,7 @@ def save(
 
 
 def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, depends_on: dict[str, Any], device: torch.device
+    path: Path, model: nn.Module, optimizer: Stateful, depends_on: dict[str, Any], device: torch.device
 ) -> Progress:
     """Restore model, optimizer and random state in place; returns the progress. Raises ``ValueError`` on a mismatch."""
     try:

@@ -35,12 +35,22 @@ class RowPenalty(Regularizer):
     """``λ/2 Σ c_j ‖w_j‖²`` over the rows in the batch.
 
     coefficients   (item, category) float32 tensors, or None: c_j is the number of occurrences in the batch
+    occurrences    (item, category) n_j where the coefficients are 1/n_j: for ``fused_tables``
+    in_update      the update of the tables applies the penalty (``fused_tables``), so the loss does without
     """
 
-    def __init__(self, reg_lambda: float, coefficients: tuple[Tensor, Tensor] | None) -> None:
-        self.reg_lambda, self.coefficients = reg_lambda, coefficients
+    def __init__(
+        self,
+        reg_lambda: float,
+        coefficients: tuple[Tensor, Tensor] | None,
+        occurrences: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.reg_lambda, self.coefficients, self.occurrences = reg_lambda, coefficients, occurrences
+        self.in_update = False
 
-    def penalty(self, model: nn.Module, batch: Batch) -> Tensor:
+    def penalty(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        if self.in_update:
+            return None
         items = cast(ItemEmbedding, model.items)
         tables = (
             (items.item, batch.item, batch.history_item),
@@ -110,8 +120,9 @@ def make(options: Options, data: ClickData) -> Regularizer:
     if kind == "difacto":
         return RowPenalty(options.reg_lambda, None)
     if kind == "mba":
-        item, category = (1.0 / n.clamp(min=1).float() for n in sample_counts(data))
-        return RowPenalty(options.reg_lambda, (item, category))
+        occurrences = sample_counts(data)
+        item, category = (1.0 / n.clamp(min=1).float() for n in occurrences)
+        return RowPenalty(options.reg_lambda, (item, category), occurrences)
     if kind == "l2":
         return RowPenalty(options.reg_lambda, (torch.ones(data.num_items), torch.ones(data.num_categories)))
     raise ValueError(f"--regularizer must be none, l2, mba, dropout, filter or difacto, got {kind!r}")

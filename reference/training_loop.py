@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import checkpoint, regularizers
+from . import checkpoint, fused_tables, regularizers
 from .checkpoint import Progress
 from .data import ClickData, Samples, eval_batches, prefetched, train_batches
 from .data.batches import batch_bounds
@@ -187,12 +187,45 @@ def train(
     device = torch.device(options.device)
     torch.manual_seed(options.seed)  # dropout draws the same whichever models ran before
     model.to(device).train()
-    optimizer = make_optimizer(options, model)
+    regularizer = regularizers.make(options, data)
+    with contextlib.ExitStack() as stack:
+        optimizer: torch.optim.Optimizer | fused_tables.Optimizers = make_optimizer(options, model)
+        if variant == "fused" and isinstance(regularizer, regularizers.RowPenalty):
+            obstacle = fused_tables.obstacle(options)
+            if obstacle is None:
+                tables = stack.enter_context(fused_tables.FusedTables(model, regularizer))
+                optimizer = fused_tables.optimizers(model, tables, options)
+            elif not quiet:
+                tqdm.write(
+                    f"{model_name} {variant}: penalty by autograd, not in the update: {obstacle}", file=sys.stderr
+                )
+        return _train(
+            model, data, options, regularizer, optimizer, model_name=model_name, variant=variant,
+            checkpoint_path=checkpoint_path, quiet=quiet, after_epoch=after_epoch,
+        )  # fmt: skip
+
+
+def _train(
+    model: nn.Module,
+    data: ClickData,
+    options: Options,
+    regularizer: regularizers.Regularizer,
+    optimizer: torch.optim.Optimizer | fused_tables.Optimizers,
+    *,
+    model_name: str,
+    variant: str,
+    checkpoint_path: Path | None,
+    quiet: bool,
+    after_epoch: Callable[[int, nn.Module], None] | None,
+) -> RunResult:
+    """The epochs of ``train``."""
+    from tqdm import tqdm
+
+    device = torch.device(options.device)
     depends_on = {**options.what_training_depends_on(), "model": model_name, "variant": variant}
     progress = Progress()
     if options.resume and checkpoint_path is not None and checkpoint_path.is_file():
         progress = checkpoint.load(checkpoint_path, model, optimizer, depends_on, device)
-    regularizer = regularizers.make(options, data)
     forward = torch.compile(model, dynamic=True) if options.compile else model
     steps_per_epoch = len(batch_bounds(len(data.train), options.batch_size))
     total = options.epochs * steps_per_epoch

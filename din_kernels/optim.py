@@ -51,6 +51,7 @@ class _SparseOptimizer(torch.optim.Optimizer):
         **own: Any,
     ) -> None:
         self._tickets: dict[Tensor, _Ticket] = {}
+        self._half_done = False
         defaults = {
             "lr": lr, "regularizer": regularizer, "reg_lambda": reg_lambda, "decay": decay, "occurrences": occurrences,
             "padding_idx": padding_idx, "stochastic_rounding": stochastic_rounding, "seed": seed, "capturable": capturable,
@@ -60,13 +61,26 @@ class _SparseOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tickets = {}
+        self._tickets, self._half_done = {}, False
         for group in self.param_groups:
             for parameter in group["params"]:
                 registry.set_updater(parameter, self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_half_done()
         return {key: value for key, value in super().__getstate__().items() if key != "_tickets"}  # type: ignore[misc]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim.Optimizer``; raises where a step was interrupted half-way, which no checkpoint should hold."""
+        self._refuse_half_done()
+        return super().state_dict()
+
+    def _refuse_half_done(self) -> None:
+        if self._half_done:
+            raise RuntimeError(
+                "an optimizer step was interrupted between the first and the last row it changes (an exception, or Ctrl-C): "
+                "load weights and optimizer state of a checkpoint before going on"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``, with the options checked: nothing is accepted that would be ignored."""
@@ -100,6 +114,11 @@ class _SparseOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{type(self).__name__} updates embedding tables [V, D], got a parameter of shape "
                     f"{tuple(parameter.shape)}: give dense parameters to an optimizer of torch.optim"
+                )
+            own = getattr(registry.owner(parameter), "padding_idx", None)
+            if None not in (own, group["padding_idx"]) and own != group["padding_idx"] % parameter.shape[0]:
+                raise ValueError(
+                    f"padding_idx={group['padding_idx']} contradicts the {own} of the table's MBAEmbedding"
                 )
             if given is not None:
                 _checks.check_tensor("occurrences", given, shape=(parameter.shape[0],), dtypes=_checks.INDEX_DTYPES)
@@ -151,12 +170,17 @@ class _SparseOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
         return update, state
 
-    def _run(self, parameter: Tensor, update: PreparedUpdate, state: dict[str, Tensor]) -> None:
-        update.run()
-        torch.autograd.graph.increment_version(parameter)
-        if "seed" in state:
-            state["seed"].add_(1)
-        self.state[parameter] = state
+    def _run(self, updates: list[tuple[Tensor, PreparedUpdate, dict[str, Tensor]]]) -> None:
+        """Change the tables. What an exception in here leaves behind can be neither saved nor trained on."""
+        self._refuse_half_done()
+        self._half_done = True
+        for parameter, update, state in updates:
+            update.run()
+            torch.autograd.graph.increment_version(parameter)
+            if "seed" in state:
+                state["seed"].add_(1)
+            self.state[parameter] = state
+        self._half_done = False
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -193,13 +217,13 @@ class _SparseOptimizer(torch.optim.Optimizer):
                 ids, values = grad._indices()[0], grad._values()
                 verdict = None if scaler is None else scaler.to(parameter.device)
                 updates.append((parameter, *self._prepare(parameter, group, ids, values, scale, verdict)))
-        for parameter, update, state in updates:
-            self._run(parameter, update, state)
+        self._run(updates)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``; sums and moments stay float32 beside 16-bit tables."""
         super().load_state_dict(state_dict)
+        self._half_done = False
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(saved, params, strict=True):
@@ -251,7 +275,7 @@ class _Ticket:
         (group,) = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
         update, state = optimizer._prepare(parameter, group, ids, grad, 1.0, None)
         self.spent = True
-        optimizer._run(parameter, update, state)
+        optimizer._run([(parameter, update, state)])
 
 
 _COMMON = """
@@ -259,7 +283,9 @@ _COMMON = """
     Args:
         params: embedding tables [V, D] (float32, bfloat16, float16), or param groups of them.
         lr: number, or one-element tensor (read on the device).{own}
-        regularizer: "mba" λ/n_j, the paper's; "l2" λ; "difacto" λ·(occurrences of j in the batch); None.
+        regularizer: "mba" λ/n_j, the paper's; "l2" λ; "difacto" λ·(occurrences of j in the batch); None. With "difacto" look a
+            table up once a step: autograd, adding the gradients of several lookups, merges equal ids as soon as there are
+            more of them than the table has elements, and then they can no longer be counted.
         reg_lambda: λ.
         decay: "coupled": the decay joins the gradient before the state sees it; "decoupled": it is applied to the row apart.
         occurrences: n_j [V] int32 or int64 for "mba", the samples *of the data set* with id j (0 counts as 1). Default: those

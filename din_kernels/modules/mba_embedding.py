@@ -147,6 +147,7 @@ class MBAEmbedding(nn.Embedding):
             _weight=embedding.weight.detach(), **options,
         )  # fmt: skip
         made.weight = embedding.weight
+        registry.set_owner(made.weight, made)
         made.train(embedding.training)
         return made
 
@@ -166,6 +167,7 @@ class MBAEmbedding(nn.Embedding):
             return MBAEmbeddingFunction.apply(self.weight, ids, padding, self.missing_ids)
         registry.set_owner(self.weight, self)
         if self.hoist_plan:
+            ids = ids.long()  # the gradient will hold these very ids, by which the optimizer knows the plan
             self._plan = SparsePlan.build(ids, self.num_embeddings, padding_idx=self.padding_idx)
         fused = registry.in_backward(self.weight)
         return MBAEmbeddingFunction.apply(
@@ -210,4 +212,6 @@ class MBAEmbedding(nn.Embedding):
 def _check_no_missing(ids: Tensor) -> None:
     """Where values may be read, say what negative ids need; the lookup itself raises for those that are too large."""
     if _checks.values_readable(ids) and ids.numel() and int(ids.min()) < 0:
-        raise IndexError(f"ids must not be negative, got {int(ids.min())}: MBAEmbedding(..., missing_ids=True) skips them")
+        raise IndexError(
+            f"ids must not be negative, got {int(ids.min())}: MBAEmbedding(..., missing_ids=True) skips them"
+        )

@@ -12,6 +12,7 @@ from torch import nn
 
 import din_kernels
 from din_kernels import MBAEmbedding
+from din_kernels.ops.sparse_update import api
 from din_kernels.optim import SparseAdagrad, SparseAdam, SparseRowwiseAdagrad, SparseSGD
 
 ALL = [SparseSGD, SparseAdagrad, SparseRowwiseAdagrad, SparseAdam]
@@ -197,6 +198,47 @@ def test_nothing_changes_when_any_table_of_the_step_is_wrong():
         optimizer.step()
     assert torch.equal(good.weight, before)
     assert not optimizer.state
+
+
+def test_an_interrupted_step_can_be_neither_saved_nor_continued(monkeypatch):
+    """The second of two tables fails: the first has moved on, so the pair is no state of any training."""
+    a, b = table(0), table(1)
+    optimizer = SparseAdam([*a.parameters(), *b.parameters()], lr=0.1)
+    good = copy.deepcopy(optimizer.state_dict())
+    (loss_of(a, 0) + loss_of(b, 0)).backward()
+    run, calls = api.PreparedUpdate.run, []
+
+    def fail(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        run(self)
+
+    monkeypatch.setattr(api.PreparedUpdate, "run", fail)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    for forbidden in (optimizer.state_dict, optimizer.step, lambda: copy.deepcopy(optimizer)):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            forbidden()
+    optimizer.load_state_dict(good)
+    optimizer.step()
+    assert optimizer.state_dict()["state"][1]["step"] == 1
+
+
+def test_padding_of_the_module_and_of_the_group_must_agree():
+    layer = table(padding_idx=3)
+    with pytest.raises(ValueError, match="contradicts"):
+        SparseSGD(layer.parameters(), lr=0.1, padding_idx=4)
+    SparseSGD(layer.parameters(), lr=0.1, padding_idx=3)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_the_plan_of_the_forward_pass_is_used(index, monkeypatch):
+    layer = table(hoist_plan=True)
+    optimizer = SparseSGD(layer.parameters(), lr=0.1)
+    layer(torch.tensor([[1, 2], [2, 3]], dtype=index)).backward(torch.randn(2, 2, 5))
+    monkeypatch.setattr(api.SparsePlan, "build", lambda *a, **k: pytest.fail("sorted again"))
+    optimizer.step()
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,15 @@ def probe_of(planted: Planted | None, options: Options) -> Probe | None:
     return probe
 
 
-def grid_of(row: Row, given: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The row's own grid, with the values of ``--grid`` for the options that it searches."""
-    return {name: given.get(name, values) for name, values in row.grid.items()}
+def grids_of(rows: list[Row], given: dict[str, list[Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Each row's own grid, with the values of ``--grid`` for the options that it searches."""
+    searched = {name for row in rows for name in row.grid}
+    for name, values in given.items():
+        if name not in searched:
+            raise ValueError(f"--grid names {name!r}, but these rows search {', '.join(sorted(searched)) or 'nothing'}")
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"--grid must give a list of values for {name!r}, got {values!r}")
+    return {row.key: {name: given.get(name, values) for name, values in row.grid.items()} for row in rows}
 
 
 def experiment(
@@ -85,12 +91,12 @@ def experiment(
     check(options)
     at_commit = report.commit()  # of the code that runs, whatever happens to the files meanwhile
     rows = rows_of(table, keys)
+    grids = grids_of(rows, grid or {})
     data, planted = prepare(options)
     out = output_folder(options)
     if not quiet:
         print(data.describe(), file=sys.stderr)
     laboratory = Laboratory(data, options, out, probe=probe_of(planted, options), quiet=quiet)
-    grids = {row.key: grid_of(row, grid or {}) for row in rows}
     searched = sum(math.prod(len(v) for v in grids[row.key].values()) for row in rows)
     measured: dict[str, Measured] = {}
     with tqdm(

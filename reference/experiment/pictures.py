@@ -66,6 +66,8 @@ def of_din(laboratory: Laboratory, measured: Measured, options: Options, out: Pa
     data = laboratory.parts["test"]
     chosen = replace(measured.choice.options, seed=options.seed)
     weights = laboratory.paths(measured.row.model, chosen, "test", measured.choice.epoch)[2]
+    if not weights.is_file():  # that run diverged: its row says so
+        return
     model = build(measured.row.model, schema_of(data), chosen.model_config())
     load_weights(weights, model)
     assert isinstance(model, DIN)

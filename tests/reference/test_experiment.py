@@ -69,7 +69,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ClickData, Optio
 def run(table: str, out: Path, **changes) -> dict:
     keys = changes.pop("keys", None)
     options = dataclasses.replace(TINY, out=str(out), **changes)
-    return command.experiment(table, options, [1, 2], [1], keys=keys, grid=GRID, command="the command", quiet=True)
+    searched = {name for row in rows_of(table, keys) for name in row.grid}
+    grid = {name: values for name, values in GRID.items() if name in searched}
+    return command.experiment(table, options, [1, 2], [1], keys=keys, grid=grid, command="the command", quiet=True)
 
 
 def test_table5_end_to_end(tmp_path: Path, trained: list) -> None:
@@ -288,4 +290,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--out FOLDER" in (tmp_path / "table4.md").read_text()
     assert command.main(["table4", "--data", "synthetic:users=0", "--out", str(tmp_path)]) == 1
     assert "error: synthetic: users must be at least 1" in capsys.readouterr().err
+    for grid, message in (
+        ('{"learning_rate": [1]}', "these rows search lr, pooling"),
+        ('{"lr": 0.1}', "a list of values for 'lr'"),
+    ):
+        assert command.main([*arguments[:7], "--grid", grid]) == 1
+        assert message in capsys.readouterr().err
     assert np.isfinite(json.loads((tmp_path / "table4.json").read_text())["rows"][0]["gauc"][0])

@@ -149,7 +149,7 @@ class BilinearFirstLayer(nn.Module):
     fewer rows costs less to contract (outer: rows·H·D², product: rows·H·D), and behaviours can be contracted before any
     candidate is known.
 
-    of_behaviour  contract behaviours: z = M e-rows given, applied to candidates
+    weight [H, F], bias [H]: of the first linear layer, columns as ``functional.local_activation`` has them; dim: D
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, dim: int, interaction: str) -> None:

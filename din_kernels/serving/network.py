@@ -93,7 +93,10 @@ class VisitorNetwork(nn.Module):
         else:
             pooled = self.pool(candidates, self.embed(history_item, history_category))
         of_visitor = [
-            getattr(self, f"profile_table{field}")[profile[field]].to(self.dtype).expand(item.shape[0], -1)
+            getattr(self, f"profile_table{field}")
+            .index_select(0, profile[field : field + 1])
+            .to(self.dtype)
+            .expand(item.shape[0], -1)
             for field in range(self.fields)
         ]
         return torch.cat([*of_visitor, candidates, pooled, *([candidates * pooled] if self.cross else [])], dim=1)

@@ -93,7 +93,7 @@ class Scorer:
         """``score_many`` for requests that ``limits.check`` has made."""
         if not requests:
             return []
-        # Both switches belong to the thread, not to the scorer: whoever calls, nothing is recorded.
+        # The switch belongs to the calling thread, whichever that is.
         with torch.inference_mode():
             if self.graphs is not None:
                 return self.graphs(requests)

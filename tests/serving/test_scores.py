@@ -57,6 +57,16 @@ def test_triton_backend_in_padded_buckets(softmax: bool) -> None:
         check(actual, expected)
 
 
+def test_unit_in_bfloat16_on_the_triton_backend() -> None:
+    """Rows, weights and pooled behaviours rounded to bfloat16: three roundings between tables and logits."""
+    model = make_model(activation="sigmoid")
+    pairs = [make_request(12, 9)]
+    actual = Scorer(model, 20, 10, backend="triton", dtype=torch.bfloat16).score(*pairs[0])
+    found = compare(actual, expected_scores(model, pairs)[0], tolerance(torch.bfloat16, length=12, stages=3))
+    assert found.ok, str(found)
+    assert found.rms_ratio > 1e-5  # or it was not bfloat16 at all
+
+
 def test_padded_network_with_prelu_and_cross() -> None:
     model = make_model(activation="prelu", cross=True, interaction="product")
     pairs = [make_request(5, 3)]

@@ -5,7 +5,8 @@ Functions expect the normal form that each operation's ``problem.py`` or ``funct
 """
 
 from .dice.function import DiceFunction
+from .gathered_activation.function import GatheredActivationFunction
 from .local_activation.function import LocalActivationFunction
 from .sparse_update.function import MBAEmbeddingFunction
 
-__all__ = ["DiceFunction", "LocalActivationFunction", "MBAEmbeddingFunction"]
+__all__ = ["DiceFunction", "GatheredActivationFunction", "LocalActivationFunction", "MBAEmbeddingFunction"]

@@ -177,7 +177,7 @@ def _packed_case(
         name=f"local_activation/packed/{name}{'' if fast else '-amd'}/D{config.embedding_dim}-{widths}-"
         f"{config.activation}{softmax}-{precision}",
         kernel=kernel, signature=signature, constexprs=constants, rows=packed.TILE, aligned=aligned, targets=targets,
-        **options,
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
 
 

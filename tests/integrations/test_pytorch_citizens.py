@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -128,3 +129,17 @@ def _shard(rank, directory):
 
 def test_fsdp2_and_ddp_over_two_processes_equal_one(tmp_path):
     torch.multiprocessing.spawn(_shard, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler, g++")
+@pytest.mark.parametrize("activation", ["sigmoid", "dice"])
+def test_aot_inductor_in_a_process_that_has_imported_the_package(activation, tmp_path):
+    module, _ = din_kernels.convert(LocalActivationUnit(5, (4,), activation, "product").eval(), backend="torch")
+    query, keys, batch = torch.randn(6, 5), torch.randn(6, 7, 5), torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        shapes = {"query": {0: batch}, "keys": {0: batch}}
+        program = torch.export.export(module, (query, keys), dynamic_shapes=shapes)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "unit.pt2"))
+        compiled = torch._inductor.aoti_load_package(package)
+        torch.testing.assert_close(compiled(query[:3], keys[:3]), module(query[:3], keys[:3]))

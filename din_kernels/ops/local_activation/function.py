@@ -139,6 +139,8 @@ def _present(outputs: UnitOutputs, keys: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, return_weights, rest = UnitTensors(*args[:10]), args[10], args[11:]
+    # AOTInductor hands an empty list of tensors over as None.
+    tensors = tensors._replace(means=tensors.means or [], rstds=tensors.rstds or [])
     outputs = _implementation(rest[-1]).forward(_config(tensors, rest), tensors, return_weights=return_weights)
     return _present(outputs, tensors.keys)
 

@@ -124,15 +124,18 @@ class ClickData:
     def held_out(self, fraction: float = 0.2, seed: int = 0) -> ClickData:
         """A validation part cut from the train part as the test part was cut from the whole; the test part is left out.
 
-        New users in the test: ``validation_split``. The same users, later: every train user's last moment (the samples
-        with the longest log before them) becomes the ``test`` part; users with a single moment stay in training.
+        New users in the test: ``validation_split``. The same users, later: every train user's last samples (by the place
+        of their history in the log), as many as a test user has on average; users with no more than that stay in training.
         """
         if not np.isin(self.test.user, self.train.user).any():
             return self.validation_split(fraction, seed)
-        first, last = np.full(self.num_users, np.iinfo(np.int64).max), np.full(self.num_users, -1)
-        np.minimum.at(first, self.train.user, self.train.stop)
-        np.maximum.at(last, self.train.user, self.train.stop)
-        mask = (self.train.stop == last[self.train.user]) & (last > first)[self.train.user]
+        held = max(1, round(len(self.test) / len(np.unique(self.test.user))))
+        own = np.bincount(self.train.user, minlength=self.num_users)
+        order = np.lexsort((self.train.stop, self.train.user))
+        user = self.train.user[order]
+        to_last = np.cumsum(own)[user] - 1 - np.arange(len(order))
+        mask = np.zeros(len(order), dtype=bool)
+        mask[order] = (to_last < held) & (own[user] > held)
         return dataclasses.replace(
             self, name=f"{self.name} (validation)", train=self.train.take(~mask), test=self.train.take(mask)
         )

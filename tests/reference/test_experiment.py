@@ -22,7 +22,7 @@ from reference.train import DEMO
 from reference.training_loop import RunResult, train
 from tests.reference.conftest import small_data
 
-DATA = "synthetic:users=60,items=120,categories=6,behaviours=8,impressions=4,tests=4"
+DATA = "synthetic:users=60,items=120,categories=6,behaviours=8,impressions=6,tests=3"
 TINY = Options(
     data=DATA,
     field_dim=4,
@@ -131,7 +131,8 @@ def test_validation_is_cut_as_the_test_is() -> None:
     for user in range(60):
         own, scored = held.train.user == user, held.test.user == user
         if own.any() and scored.any():
-            assert held.train.stop[own].max() < held.test.stop[scored].min()
+            assert held.train.stop[own].max() <= held.test.stop[scored].min()
+    assert set(np.bincount(held.test.user).tolist()) == {3}  # as many as a test user has
     by_user = small_data()
     held = by_user.held_out(0.25)
     assert not set(held.train.user.tolist()) & set(held.test.user.tolist())

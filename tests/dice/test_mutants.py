@@ -24,18 +24,19 @@ def broken(monkeypatch, tmp_path):
     """broken(old, new): the kernels with ``old`` replaced, everywhere it stands."""
 
     def load(old: str, new: str) -> None:
-        source = Path(package.__file__).with_name("kernels.py").read_text()
-        assert old in source, f"nothing to break: {old!r}"
-        path = tmp_path / "kernels.py"
-        path.write_text(source.replace(old, new))
-        name = f"{package.__name__}.kernels"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        mutant = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, mutant)
-        spec.loader.exec_module(mutant)
-        monkeypatch.setattr(triton_impl, "kernels", mutant)
+        folder = Path(package.__file__).parent
+        sources = {name: (folder / f"{name}.py").read_text() for name in ("kernels", "kernels_backward")}
+        assert any(old in source for source in sources.values()), f"nothing to break: {old!r}"
+        for name, source in sources.items():  # in this order: the second imports from the first
+            path = tmp_path / f"{name}.py"
+            path.write_text(source.replace(old, new))
+            spec = importlib.util.spec_from_file_location(f"{package.__name__}.{name}", path)
+            assert spec is not None
+            assert spec.loader is not None
+            mutant = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, mutant.__name__, mutant)
+            spec.loader.exec_module(mutant)
+            monkeypatch.setattr(triton_impl, name, mutant)
 
     return load
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..._tuning import CompileCase
-from . import kernels
+from . import kernels, kernels_backward
 from .triton_impl import launch_options, tiling
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -57,8 +57,13 @@ def _case(
 
 
 def compile_cases() -> list[CompileCase]:
-    two_passes = (kernels.moments_parts, kernels.apply_training, kernels.sum_parts, kernels.apply_gradient)
-    one_pass = (kernels.apply_running, kernels.forward_columns, kernels.backward_columns)
+    two_passes = (
+        kernels.moments_parts,
+        kernels.apply_training,
+        kernels_backward.sum_parts,
+        kernels_backward.apply_gradient,
+    )
+    one_pass = (kernels.apply_running, kernels.forward_columns, kernels_backward.backward_columns)
     cases = []
     for width, dtype in ((256, torch.float32), (200, torch.bfloat16), (36, torch.float32), (1, torch.float32)):
         cases += [_case(kernel, width, dtype) for kernel in (*two_passes, *one_pass)]
@@ -72,11 +77,11 @@ def compile_cases() -> list[CompileCase]:
     cases += [
         _case(kernels.apply_training, 80, bf16, "-cumulative", STEP_POINTER=True),
         _case(kernels.apply_training, 80, bf16, "-untracked", HAS_RUNNING=False, HAS_TRACKED=False),
-        _case(kernels.sum_parts, 80, bf16, "-evaluation", WRITE_DX=True),
-        _case(kernels.finish_parts, 256, torch.float32, "-moments"),
-        _case(kernels.finish_parts, 256, torch.float32, "-sums", MOMENTS=False),
+        _case(kernels_backward.sum_parts, 80, bf16, "-evaluation", WRITE_DX=True),
+        _case(kernels_backward.finish_parts, 256, torch.float32, "-moments"),
+        _case(kernels_backward.finish_parts, 256, torch.float32, "-sums", MOMENTS=False),
     ]
-    return cases + [_transposed(kernel) for kernel in (kernels.moments_parts, kernels.apply_gradient)]
+    return cases + [_transposed(kernel) for kernel in (kernels.moments_parts, kernels_backward.apply_gradient)]
 
 
 def _transposed(kernel: Any) -> CompileCase:

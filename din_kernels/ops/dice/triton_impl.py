@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._launch import on_device
-from . import kernels
+from . import kernels, kernels_backward
 
 TILE = 4096  # elements of a tile: 16 a thread
 NUM_WARPS = 8
@@ -124,7 +124,7 @@ def _moments_parts(x: Tensor, mask: Tensor | None, tiles: Tiling) -> Tensor:
 def _finish(parts: Tensor, tiles: Tiling, *, moments: bool) -> Tensor:
     width = parts.shape[2]
     result = _three(parts[0])
-    kernels.finish_parts[(-(-width // tiles.block_c),)](
+    kernels_backward.finish_parts[(-(-width // tiles.block_c),)](
         parts,
         parts.shape[0],
         result,
@@ -210,7 +210,7 @@ def _sum_parts(
     grad: Tensor, x: Tensor, dx: Tensor | None, normaliser: Tensor, vectors: dict[str, Any], tiles: Tiling
 ) -> Tensor:
     parts = _three(x, tiles.parts)
-    kernels.sum_parts[_grid(x, tiles)](
+    kernels_backward.sum_parts[_grid(x, tiles)](
         grad=grad, x=x, dx=x if dx is None else dx, parts=parts, normaliser=normaliser, num_rows=x.shape[0],
         rows_per_part=tiles.rows_per_part, WRITE_DX=dx is not None, **vectors, **_backward_shape(grad, x, tiles),
         **launch_options(),
@@ -248,10 +248,10 @@ def backward(
             "num_rows": rows, "HAS_MASK": given is not None, **vectors, **_backward_shape(grad, x, tiles),
         }  # fmt: skip
         if gathered is None and rows <= COLUMNS_MAX_ROWS:
-            kernels.backward_columns[(_grid(x, tiles)[0],)](**shared, **launch_options(crowded=False))
+            kernels_backward.backward_columns[(_grid(x, tiles)[0],)](**shared, **launch_options(crowded=False))
             return dx, result
         parts = _sum_parts(grad, x, None, normaliser, vectors, tiles) if gathered is None else gathered
-        kernels.apply_gradient[_grid(x, tiles)](
+        kernels_backward.apply_gradient[_grid(x, tiles)](
             parts=parts,
             num_parts=parts.shape[0],
             rows_per_part=tiles.rows_per_part,

@@ -64,7 +64,7 @@ def _repair_bfloat16(interpreter: Any) -> None:
     convert = getattr(interpreter, "_convert_float", None)
     builder = getattr(interpreter, "InterpreterBuilder", None)
     dot, handle = getattr(builder, "create_dot", None), getattr(interpreter, "TensorHandle", None)
-    if convert is None or dot is None or handle is None:
+    if builder is None or convert is None or dot is None or handle is None:
         return
 
     def converted(data: Any, source: Any, target: Any, rounding: Any) -> Any:

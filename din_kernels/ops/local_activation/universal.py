@@ -62,8 +62,8 @@ def tiling(config: UnitConfig, dtype: torch.dtype, *, backward: bool = False, ca
         rows = 32 if full or (tf32 and capability < 90) else 64
         cap = 32 if full and capability >= 90 else 16
     else:
-        rows = 32 if full or padded_dim > 128 else 64
-        narrow = full or capability < 90
+        rows = 32 if full or padded_dim > 128 or (padded_dim > 64 and capability < 90 and not tf32) else 64
+        narrow = full or capability < 90 or (padded_dim > 128 and not tf32 and len(config.hidden_units) == 3)
         cap = (16 if tf32 else 32) if narrow else 64
     widths = [_block(h, cap) for h in config.hidden_units] + [16] * (3 - len(config.hidden_units))
     num_warps = 8 if tf32 or (backward and not full) else 4

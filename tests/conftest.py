@@ -24,8 +24,9 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_start() -> None:
     torch.manual_seed(20180819)
+    torch.autograd.set_detect_anomaly(False)  # importing RecBole's trainer switches it on for the whole process
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def tzrec():
     class Unused:
         pass
 
-    def arange(size, device):
+    def fx_arange(size, device):  # torch.fx.wrap, called on it at import, remembers this name for good
         return torch.arange(size, device=device)
 
     stubs = {
@@ -35,7 +35,7 @@ def tzrec():
         ),
         "tzrec.protos.seq_encoder_pb2": {"SeqEncoderConfig": Unused},
         "tzrec.utils.config_util": {},
-        "tzrec.utils.fx_util": {"fx_arange": arange},
+        "tzrec.utils.fx_util": {"fx_arange": fx_arange},
     }
     before = {name for name in sys.modules if name.split(".")[0] == "tzrec"}
     for name, attributes in stubs.items():

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from . import _backend
-from .integrations.adapter import BACKEND, Adapter
+from .integrations.adapter import BACKEND, EMPTY_AS_ZERO, Adapter
 
 # Adapter files, by the package (or module) that the classes of a library live in.
 LIBRARIES = {
@@ -91,7 +91,7 @@ def _adapter(cls: type) -> tuple[type | None, Adapter | None]:
     return None, None
 
 
-def convert(model: _Model, *, backend: str | None = None) -> tuple[_Model, Report]:
+def convert(model: _Model, *, backend: str | None = None, empty_as_zero: bool = False) -> tuple[_Model, Report]:
     """Make the DIN modules inside ``model`` run fused, in place; returns (model, report).
 
     Knows the attention units and Dice of DeepCTR-Torch, FuxiCTR, RecBole, torch-rechub, TorchEasyRec and of this project's
@@ -101,6 +101,7 @@ def convert(model: _Model, *, backend: str | None = None) -> tuple[_Model, Repor
     factorised and the library's modules do the rest; where nothing can be, it stays and ``report.left`` says why.
 
     backend: for the converted modules; None (automatic), "triton" or "torch".
+    empty_as_zero: an empty history pools to 0 where the library gives NaN (RecBole under a softmax); otherwise it stays NaN.
 
     While a part of a converted module carries hooks (the old ``weight_norm``, pruning, a probe) the library's own ``forward``
     runs, so that they do. There is no double backward. Converting twice changes nothing.
@@ -132,7 +133,7 @@ def convert(model: _Model, *, backend: str | None = None) -> tuple[_Model, Repor
             detail = adapter.how(module)
             before = set(module.__dict__)
             module.__class__ = adapter.fused
-            _set_up(module, backend)
+            _set_up(module, backend, empty_as_zero)
             added = [key for key in module.__dict__ if key not in before]
             report._originals.append((module, cls, added))
             report.entries.append(Entry(name, cls.__qualname__, True, detail))
@@ -141,7 +142,7 @@ def convert(model: _Model, *, backend: str | None = None) -> tuple[_Model, Repor
     return model, report
 
 
-def _set_up(module: nn.Module, backend: str | None) -> None:
+def _set_up(module: nn.Module, backend: str | None, empty_as_zero: bool) -> None:
     """Attributes that a converted module needs beyond those of its original."""
     if type(module).__module__.startswith("din_kernels.modules"):
         module.backend = backend  # type: ignore[assignment]
@@ -149,3 +150,4 @@ def _set_up(module: nn.Module, backend: str | None) -> None:
             module.process_group = None  # type: ignore[assignment]
     else:
         setattr(module, BACKEND, backend)
+        setattr(module, EMPTY_AS_ZERO, empty_as_zero)

@@ -10,6 +10,8 @@ from torch import nn
 
 # Set on every converted module: the backend its kernels are asked for.
 BACKEND = "din_kernels_backend"
+# And whether an empty history pools to 0 where the library would give NaN.
+EMPTY_AS_ZERO = "din_kernels_empty_as_zero"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from recbole.model import layers
 from torch import Tensor, nn
 
-from .adapter import BACKEND, Adapter
+from .adapter import BACKEND, EMPTY_AS_ZERO, Adapter
 from .scoring import Network, is_linear, read_layers, readable
 
 
@@ -45,9 +45,14 @@ class FusedSequenceAttLayer(layers.SequenceAttLayer):
         if not self.softmax_stag and not self.return_seq_weight:
             return (scorer.pooled(queries, keys, mask=~padding, backend=backend) / dim**0.5).unsqueeze(1)
         scores = scorer.scores(queries, keys, mask=~padding, backend=backend)
-        scores = scores.masked_fill(padding, float("-inf") if self.softmax_stag else 0.0).unsqueeze(1) / dim**0.5
-        if self.softmax_stag:
-            scores = F.softmax(scores, dim=2)
+        if not self.softmax_stag:
+            scores = scores.masked_fill(padding, 0.0).unsqueeze(1) / dim**0.5
+        elif getattr(self, EMPTY_AS_ZERO, False):
+            empty = padding.all(dim=1, keepdim=True)  # a softmax over nothing but −∞ is NaN, and so are its gradients
+            scores = scores.masked_fill(padding & ~empty, float("-inf")).unsqueeze(1) / dim**0.5
+            scores = F.softmax(scores, dim=2).masked_fill(empty.unsqueeze(1), 0.0)
+        else:
+            scores = F.softmax(scores.masked_fill(padding, float("-inf")).unsqueeze(1) / dim**0.5, dim=2)
         return scores if self.return_seq_weight else torch.matmul(scores, keys)
 
 

@@ -34,6 +34,19 @@ def test_an_empty_history_is_nan_under_softmax_as_in_the_library():
     assert expected[1].isnan().all()
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_an_empty_history_is_zero_on_request(weights):
+    layer = SequenceAttLayer(torch.arange(7), (20, 8), "sigmoid", True, weights)
+    query, keys, lengths = (x.float() if x.is_floating_point() else x for x in padded_inputs()(0))
+    expected = layer(query, keys, lengths).nan_to_num()
+    converted, _ = din_kernels.convert(layer, empty_as_zero=True)
+    out = converted(query.requires_grad_(), keys.requires_grad_(), lengths)
+    torch.testing.assert_close(out, expected)
+    assert not out[1].any()
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (query, keys, *layer.parameters()) if x.grad is not None)
+
+
 def test_dice_is_silu_unless_its_alpha_was_set():
     layer = Dice(5)
     x = torch.randn(7, 5)

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _backend
-from ..ops.dice.api import dice
+from ..ops.dice.api import choose_backend, dice
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -61,9 +62,11 @@ class Dice(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, shift: Tensor | None = None, overwrite: bool = False
+    ) -> Tensor:
         """x [..., C] -> the same; ``mask`` [...] bool selects the rows that count in the statistics of training;
-        ``overwrite``: x is not needed afterwards (see ``functional.dice``)."""
+        ``shift`` [C] is added to x first; ``overwrite``: x is not needed afterwards (see ``functional.dice``)."""
         return dice(
             x,
             self.alpha,
@@ -71,6 +74,7 @@ class Dice(nn.Module):
             self.running_var,
             weight=self.weight,
             bias=self.bias,
+            shift=shift,
             mask=mask,
             num_batches_tracked=self.num_batches_tracked,
             training=self.training,
@@ -105,16 +109,39 @@ def from_batch_norm_state(state: Mapping[str, Tensor], prefix: str = "") -> dict
     return found
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def linear_dice(x: Tensor, linear: nn.Linear, activation: Dice, mask: Tensor | None = None) -> Tensor:
+    """``activation(linear(x), mask)`` for modules that stay where they are: x [..., in_features] -> [..., out_features].
+
+    Triton: the GEMM leaves the bias out, and Dice adds it to what it reads anyway; in backward the bias's gradient is a
+    fourth number next to the three sums that Dice needs, where autograd would read the whole gradient once more. The torch
+    backend gets the bias from its GEMM, for nothing; so do statistics over many processes. Without gradients Dice is one pass,
+    in the memory of the GEMM's output. Where a hook (or FSDP, by hooks) looks at what lies between, the two run one by one.
+    """
+    if _has_hooks(linear) or _has_hooks(activation):
+        return activation(linear(x), mask)
+    fold = type(linear) is nn.Linear and linear.bias is not None and activation.process_group is None
+    if fold and choose_backend(activation.backend, x, linear.out_features) == "triton":
+        return activation(F.linear(x, linear.weight), mask, shift=linear.bias, overwrite=True)
+    return activation(linear(x), mask, overwrite=True)
+
+
 class LinearDice(nn.Module):
     """A linear layer and the Dice after it, in place of the pair ``nn.Linear(...)``, ``Dice(...)`` of an MLP.
 
     Args:
-        in_features, out_features, bias: of the linear layer; the bias is added in the epilogue of its GEMM.
+        in_features, out_features, bias: of the linear layer.
         eps, momentum, affine, backend: of the Dice.
 
-    Without gradients Dice is folded into the layer's output: it takes one pass and no memory of its own (torch backend), or
-    one launch (Triton). ``state_dict``: ``linear.weight``, ``linear.bias``, and ``dice.*`` as in ``Dice``; that of an
-    ``nn.Sequential(linear, dice)`` fits after renaming ``0.`` to ``linear.`` and ``1.`` to ``dice.``.
+    Bias and statistics are one pass after the GEMM, and Dice without gradients takes no memory of its own: see
+    ``linear_dice``, which does the same for two modules that are kept apart. ``state_dict``: ``linear.weight``,
+    ``linear.bias``, and ``dice.*`` as in ``Dice``; that of an ``nn.Sequential(linear, dice)`` fits after
+    renaming ``0.`` to ``linear.`` and ``1.`` to ``dice.``.
     """
 
     def __init__(
@@ -133,7 +160,7 @@ class LinearDice(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; ``mask`` [...] as for ``Dice``."""
-        return self.dice(self.linear(x), mask, overwrite=True)
+        return linear_dice(x, self.linear, self.dice, mask)
 
 
 def convert_sync_dice(module: _Module, process_group: Any = None) -> _Module:

@@ -73,17 +73,19 @@ def test_opcheck(backend, device):
     three = torch.rand(2, 3, 5, device=device) + 1
     calls = [
         (function.moments_op, (x, mask, backend)),
-        (function.evaluate_op, (x, c, c, c, c, c.abs(), 1e-8, backend)),
+        (function.evaluate_op, (x, None, c, c, c, c, c.abs(), 1e-8, backend)),
         (function.sums_op, (grad, x, three[0], c, None, None, backend)),
-        (function.backward_op, (grad, x, mask, three[0], None, c, c, c, True, backend)),
-        (function.backward_op, (grad, x, None, three[0], three, c, None, None, True, backend)),
-        (function.backward_op, (grad, x, None, three[0], None, c, None, None, False, backend)),
+        (function.backward_op, (grad, x, None, mask, three[0], None, c, c, c, True, backend)),
+        (function.backward_op, (grad, x, None, None, three[0], three, c, None, None, True, backend)),
+        (function.backward_op, (grad, x, None, None, three[0], None, c, None, None, False, backend)),
+        (function.backward_op, (grad, x, c, mask, three[0], None, c, c, c, True, backend)),
+        (function.evaluate_op, (x, c, c, c, c, c, c.abs(), 1e-8, backend)),
     ]
     count = torch.tensor(2, device=device)
     for gathered, step in ((None, None), (three, torch.tensor(0.5, device=device))):
         state = (c.clone(), c.abs(), count.clone(), step, 0.1, 1e-8, backend)
-        calls.append((function.forward_op, (x, mask, gathered, c, c, c, *state)))
-    calls.append((function.forward_op, (x, None, None, c, None, None, None, None, None, None, 0.1, 1e-8, backend)))
+        calls.append((function.forward_op, (x, None, mask, gathered, c, c, c, *state)))
+    calls.append((function.forward_op, (x, c, None, None, c, None, None, None, None, None, None, 0.1, 1e-8, backend)))
     for op, arguments in calls:
         torch.library.opcheck(op, arguments)
 

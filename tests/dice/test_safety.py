@@ -36,11 +36,11 @@ def distributed_halves(case: Case) -> list[torch.Tensor]:
     vectors = (case.alpha, case.weight, case.bias)
     moments = function.moments_op(x, mask, "triton")
     y, normaliser = function.forward_op(
-        x, mask, torch.stack((moments, moments)), *vectors, None, None, None, None, 0.1, 1e-8, "triton"
+        x, None, mask, torch.stack((moments, moments)), *vectors, None, None, None, None, 0.1, 1e-8, "triton"
     )
     sums = function.sums_op(grad, x, normaliser, *vectors, "triton")
     dx, total = function.backward_op(
-        grad, x, mask, normaliser, torch.stack((sums, sums)), *vectors, True, "triton"
+        grad, x, None, mask, normaliser, torch.stack((sums, sums)), *vectors, True, "triton"
     )  # fmt: skip
     return [moments, y, normaliser, sums, dx, total]
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
-from . import torch_impl
-from .function import DiceFunction, Running, compute, is_eager
+from .function import DiceFunction, Running, compute, implementation, is_eager
 
 MAX_WIDTH = 8192  # channels the kernels serve; the torch backend has no limit
 
@@ -22,7 +21,7 @@ def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> Non
 
 def _check(
     x: Tensor, alpha: Tensor, running: Running, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    training: bool,
+    shift: Tensor | None, training: bool,
 ) -> None:  # fmt: skip
     _checks.check_tensor("x", x, dtypes=_checks.FLOAT_DTYPES)
     if x.dim() < 1 or x.shape[-1] < 1:
@@ -32,7 +31,7 @@ def _check(
     if alpha.numel() not in (1, width) or alpha.dim() > 2:
         raise ValueError(f"alpha must have shape [C], [C, 1] or [1] for C = {width} channels, got {list(alpha.shape)}")
     for name, value in (
-        ("weight", weight), ("bias", bias), ("running_mean", running.mean), ("running_var", running.var)
+        ("weight", weight), ("bias", bias), ("shift", shift), ("running_mean", running.mean), ("running_var", running.var)
     ):  # fmt: skip
         _check_vector(name, value, width, x)
     for name, value in (("running_mean", running.mean), ("running_var", running.var)):
@@ -59,15 +58,16 @@ def _check(
         )
 
 
-def choose_backend(backend: str | None, x: Tensor) -> str:
-    """The backend for this call: an explicit "triton" that cannot serve raises, an automatic one falls back, logged once."""
+def choose_backend(backend: str | None, x: Tensor, width: int) -> str:
+    """The backend for ``width`` channels in the dtype and on the device of x: an explicit "triton" that cannot serve raises,
+    an automatic one falls back, logged once."""
     served_by = _backend.resolve(backend, x.device)
     if served_by == "torch":
         return served_by
     reason = None
     if x.dtype == torch.float64:
         reason = "float64"
-    elif x.shape[-1] > MAX_WIDTH:
+    elif width > MAX_WIDTH:
         reason = f"more than {MAX_WIDTH} channels"
     if reason is None:
         return "triton"
@@ -85,6 +85,7 @@ def dice(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    shift: Tensor | None = None,
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
     training: bool = False,
@@ -104,6 +105,8 @@ def dice(
         alpha: [C], [C, 1] or [1]; slope of the part that p switches off.
         running_mean, running_var: [C], updated in place in training; normalise in evaluation. May be None in training.
         weight, bias: [C], applied to the normalised x inside the sigmoid (an affine BatchNorm); both or neither.
+        shift: [C], added to x before anything else: the bias that the layer before left out. Costs no pass (Triton), and its
+            gradient none either. Not with ``process_group``.
         mask: [...] bool, True where a row counts in the statistics of training. Rows outside are computed all the same,
             and their gradients count. With fewer than two rows that count the running statistics (mean 0 and variance 1 if
             None) normalise and stay as they are.
@@ -112,13 +115,13 @@ def dice(
         momentum: weight of the new batch in the running statistics; None: the average over all batches.
         eps: ε; the paper's 1e-8 is kept exactly: statistics are never E[x²] − E[x]².
         process_group: statistics over the rows of all processes of this ``torch.distributed`` group.
-        overwrite: x is not needed afterwards: in evaluation, where no gradient is recorded, the torch backend then returns
-            y in the memory of x if that is contiguous. Has no effect elsewhere.
+        overwrite: x is not needed afterwards: in evaluation, where no gradient is recorded, y is then returned in the
+            memory of x if that is contiguous. Has no effect elsewhere.
         backend: None, "triton" or "torch"; see ``din_kernels._backend``.
 
     Returns:
         y, shaped as x, in its dtype; statistics are taken in float32 (float64 for float64). Gradients flow to x (through
-        the batch's statistics too), alpha, weight and bias, once: there is no double backward.
+        the batch's statistics too), alpha, weight, bias and shift, once: there is no double backward.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; training on a single row without
@@ -126,9 +129,11 @@ def dice(
         BackendUnavailable: an explicit backend that cannot serve here.
     """
     running = Running(running_mean, running_var, num_batches_tracked, momentum, eps)
-    _check(x, alpha, running, weight, bias, mask, training)
-    served_by = choose_backend(backend, x)
+    _check(x, alpha, running, weight, bias, mask, shift, training)
     width = x.shape[-1]
+    served_by = choose_backend(backend, x, width)
+    if shift is not None and process_group is not None:
+        raise ValueError("shift and process_group cannot be combined: add the shift to x")
     rows = x if x.dim() == 2 else x.reshape(-1, width)  # a view would be one more node for autograd to visit
     if training and mask is None and process_group is None and rows.shape[0] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
@@ -136,14 +141,22 @@ def dice(
         alpha = alpha.reshape(-1).expand(width)
     if mask is not None:
         mask = mask.reshape(-1) if training else None
-    call = (rows, alpha, weight, bias, mask, running, training, process_group, served_by)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:4]):
+    call = (rows, alpha, weight, bias, mask, running, training, process_group, served_by, shift)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call[:4], shift)):
         y = DiceFunction.apply(*call)
-    elif not training and served_by == "torch" and is_eager(rows):
+    elif not training and is_eager(rows):
         assert running_mean is not None
         assert running_var is not None
-        y = torch_impl.inference(
-            rows, alpha, weight, bias, running_mean, running_var, eps, in_place=overwrite and rows.is_contiguous()
+        y = implementation(served_by).inference(
+            rows,
+            shift,
+            alpha,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            eps,
+            in_place=overwrite and rows.is_contiguous(),
         )
     else:
         y = compute(*call)[0]

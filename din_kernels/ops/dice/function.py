@@ -4,8 +4,8 @@ Rows x [N, C] throughout. Operators ``forward`` (training) and ``evaluate``, and
 ``torch_impl`` or ``triton_impl``. Two more, ``moments`` and ``sums``, are the first halves of ``forward`` and ``backward``:
 with a process group, what every process found is exchanged between the halves.
 
-Saved for backward: x and ``normaliser`` [3, C], the vectors (mean, 1/√(var + ε), 1/count), where 1/count is 0 when running
-statistics normalised, which no gradient goes through.
+Saved for backward: x and ``normaliser`` [3, C], the vectors (mean of x without its shift, 1/√(var + ε), 1/count), where 1/count
+is 0 when running statistics normalised, which no gradient goes through.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Running(NamedTuple):
     eps: float
 
 
-def _implementation(backend: str) -> ModuleType:
+def implementation(backend: str) -> ModuleType:
     if backend == "torch":
         return torch_impl
     from . import triton_impl  # imported on first use: it needs Triton
@@ -48,29 +48,29 @@ def _implementation(backend: str) -> ModuleType:
     return triton_impl
 
 
-def _three(x: Tensor) -> Tensor:
-    return x.new_empty((3, x.shape[1]), dtype=wide_dtype(x.dtype))
+def _three(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    return x.new_empty((3 if shift is None else 4, x.shape[1]), dtype=wide_dtype(x.dtype))
 
 
 def _moments(x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    return _implementation(backend).moments(x, mask)
+    return implementation(backend).moments(x, mask)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *tensors, step_tensor, step, eps, backend = args
-    return _implementation(backend).forward(*tensors, step if step_tensor is None else step_tensor, eps)
+    return implementation(backend).forward(*tensors, step if step_tensor is None else step_tensor, eps)
 
 
 def _evaluate(*args: Any) -> tuple[Tensor, Tensor]:
-    return _implementation(args[-1]).evaluate(*args[:-1])
+    return implementation(args[-1]).evaluate(*args[:-1])
 
 
 def _sums(*args: Any) -> Tensor:
-    return _implementation(args[-1]).sums(*args[:-1])
+    return implementation(args[-1]).sums(*args[:-1])
 
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor]:
-    return _implementation(args[-1]).backward(*args[:-1])
+    return implementation(args[-1]).backward(*args[:-1])
 
 
 _EVERYWHERE = "CompositeExplicitAutograd"
@@ -81,14 +81,15 @@ moments_op = define(
     impls={_EVERYWHERE: torch.no_grad()(_moments)},
 )
 forward_op = define(
-    f"dice_forward(Tensor x, Tensor? mask, Tensor? gathered, {_PARAMETERS}, Tensor(a!)? running_mean, "
+    f"dice_forward(Tensor x, Tensor? shift, Tensor? mask, Tensor? gathered, {_PARAMETERS}, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? tracked, Tensor? step_tensor, float step, float eps, str backend) "
     "-> (Tensor, Tensor)",
     fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
     impls={_EVERYWHERE: torch.no_grad()(_forward)},
 )
 evaluate_op = define(
-    f"dice_evaluate(Tensor x, {_PARAMETERS}, Tensor mean, Tensor var, float eps, str backend) -> (Tensor, Tensor)",
+    f"dice_evaluate(Tensor x, Tensor? shift, {_PARAMETERS}, Tensor mean, Tensor var, float eps, str backend) "
+    "-> (Tensor, Tensor)",
     fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
     impls={_EVERYWHERE: torch.no_grad()(_evaluate)},
 )
@@ -98,9 +99,9 @@ sums_op = define(
     impls={_EVERYWHERE: torch.no_grad()(_sums)},
 )
 backward_op = define(
-    f"dice_backward(Tensor grad, Tensor x, Tensor? mask, Tensor normaliser, Tensor? gathered, {_PARAMETERS}, bool training, "
-    "str backend) -> (Tensor, Tensor)",
-    fake=lambda grad, x, *_: (x.new_empty(x.shape), _three(x)),
+    f"dice_backward(Tensor grad, Tensor x, Tensor? shift, Tensor? mask, Tensor normaliser, Tensor? gathered, {_PARAMETERS}, "
+    "bool training, str backend) -> (Tensor, Tensor)",
+    fake=lambda grad, x, shift, *_: (x.new_empty(x.shape), _three(x, shift)),
     impls={_EVERYWHERE: torch.no_grad()(_backward)},
 )
 _RUN: dict[Any, Callable[..., Any]] = {
@@ -122,18 +123,18 @@ def _call(op: Any, x: Tensor, *rest: Any) -> Any:
 
 def compute(
     x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    running: Running, training: bool, group: Any, backend: str,
+    running: Running, training: bool, group: Any, backend: str, shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [N, C], normaliser [3, C]) without a gradient; arguments of ``DiceFunction``."""
     if not training:
-        return _call(evaluate_op, x, alpha, weight, bias, running.mean, running.var, running.eps, backend)
+        return _call(evaluate_op, x, shift, alpha, weight, bias, running.mean, running.var, running.eps, backend)
     gathered = None if group is None else gather(_call(moments_op, x, mask, backend), group)
     step_tensor = None
     if running.momentum is None and running.tracked is not None:
         step_tensor = 1.0 / (running.tracked + 1).to(wide_dtype(x.dtype))
     return _call(
-        forward_op, x, mask, gathered, alpha, weight, bias, running.mean, running.var, running.tracked, step_tensor,
-        running.momentum or 0.0, running.eps, backend,
+        forward_op, x, shift, mask, gathered, alpha, weight, bias, running.mean, running.var, running.tracked,
+        step_tensor, running.momentum or 0.0, running.eps, backend,
     )  # fmt: skip
 
 
@@ -149,36 +150,40 @@ def gather(three: Tensor, group: Any) -> Tensor:
 class DiceFunction(torch.autograd.Function):
     """Dice (paper eq. 8-9) with an explicit backward through the batch's statistics; users call ``functional.dice``.
 
-    ``apply(x [N, C], alpha [C], weight [C] or None, bias [C] or None, mask [N] or None, running, training, group, backend)``
-    returns y [N, C] in the dtype of x. Differentiable once, with respect to x, alpha, weight and bias. In training
-    ``running`` is updated in place once, unless fewer than two rows count. ``group``: a process group over which
-    statistics are taken, or None.
+    ``apply(x [N, C], alpha [C], weight [C] or None, bias [C] or None, mask [N] or None, running, training, group, backend,
+    shift [C] or None)`` returns y [N, C] in the dtype of x. Differentiable once, with respect to x, alpha, weight, bias and
+    shift. In training ``running`` is updated in place once, unless fewer than two rows count. ``group``: a process group over
+    which statistics are taken, or None. ``shift`` is added to x, the bias that a GEMM left out; not with a group, whose
+    moments and sums would have to know it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-        running: Running, training: bool, group: Any, backend: str,
+        running: Running, training: bool, group: Any, backend: str, shift: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        y, normaliser = compute(x, alpha, weight, bias, mask, running, training, group, backend)
+        if shift is not None and group is not None:
+            raise ValueError("a shift cannot be combined with a process group: add it to x")
+        y, normaliser = compute(x, alpha, weight, bias, mask, running, training, group, backend, shift)
         ctx.training, ctx.group, ctx.backend = training, group, backend
-        ctx.save_for_backward(x, normaliser, alpha, weight, bias, mask)
+        ctx.save_for_backward(x, normaliser, alpha, weight, bias, mask, shift)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, normaliser, alpha, weight, bias, mask = ctx.saved_tensors
+        x, normaliser, alpha, weight, bias, mask, shift = ctx.saved_tensors
         local = gathered = None
         if ctx.training and ctx.group is not None:
             local = _call(sums_op, grad, x, normaliser, alpha, weight, bias, ctx.backend)
             gathered = gather(local, ctx.group)
         dx, sums = _call(
-            backward_op, grad, x, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend
+            backward_op, grad, x, shift, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend
         )
         # Parameters get the gradient of this process's rows; averaging them over processes is the trainer's business.
-        d_bias, d_weight, d_alpha = (sums if local is None else local).unbind(0)
+        d_bias, d_weight, d_alpha, *d_shift = (sums if local is None else local).unbind(0)
         return (
             dx, d_alpha.to(alpha.dtype), None if weight is None else d_weight.to(weight.dtype),
             None if bias is None else d_bias.to(bias.dtype), None, None, None, None, None,
+            None if shift is None else d_shift[0].to(shift.dtype),
         )  # fmt: skip

@@ -14,6 +14,10 @@ however large the mean. Slots, then parts, then processes are merged as (count, 
 Numbers that do not vary along rows are folded before the loop, so that an element costs little more than its sigmoid:
 with centred = x − mean, p = 1 / (1 + 2^(centred·rate + offset)), rate = −log2(e)·rstd·weight, offset = −log2(e)·bias.
 
+Shift. With HAS_SHIFT the activation's input is z = x + shift, where x comes from a GEMM and ``shift`` [C] is the bias that
+the GEMM left out. The variance and z − E[z] = x − E[x] do not see it: the statistics pass does without it, ``normaliser``
+holds the mean of x, and only factors z and running means take the shift.
+
 Strides come in units: ``x_stride``·X_UNIT elements lie between rows, so that the compiler knows how they are aligned.
 """
 
@@ -143,8 +147,9 @@ def _move(buffer, cols, value, step, keep):
 
 @triton.jit
 def _normaliser(
-    count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, limit,
-    C: tl.constexpr, HAS_RUNNING: tl.constexpr, HAS_TRACKED: tl.constexpr, STEP_POINTER: tl.constexpr,
+    count, mean, m2, shift, running_mean, running_var, tracked, step, eps, normaliser, cols, limit,
+    C: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RUNNING: tl.constexpr, HAS_TRACKED: tl.constexpr,
+    STEP_POINTER: tl.constexpr,
 ):  # fmt: skip
     """What normalises: mean and 1/√(var + ε) [BLOCK_C]. It is kept, and the running statistics are updated, for columns
     below ``limit``: C for the programs of one part, 0 for all others.
@@ -158,6 +163,9 @@ def _normaliser(
     var = m2 * inverse
     used_mean = tl.where(enough, mean, 0.0)
     used_var = tl.where(enough, var, 1.0)
+    if HAS_SHIFT:
+        moved = _vector(shift, cols, C)
+        used_mean = tl.where(enough, used_mean, -moved)
     if HAS_RUNNING:
         serve = inside & (count < 2)
         used_mean += tl.load(running_mean + cols, mask=serve, other=0.0).to(tl.float32)
@@ -169,6 +177,8 @@ def _normaliser(
         if STEP_POINTER:
             step = tl.load(step)
         keep = enough & (cols < limit)
+        if HAS_SHIFT:
+            mean += moved
         _move(running_mean, cols, mean, step, keep)
         _move(running_var, cols, m2 / tl.maximum(count - 1.0, 1.0), step, keep)
         if HAS_TRACKED:
@@ -202,13 +212,15 @@ def _gate(centred, rate, offset, AFFINE: tl.constexpr):
 
 @triton.jit
 def _apply_rows(
-    x, y, first, rows, cols, mean, rstd, alpha, alpha_stride, weight, bias, x_stride, x_channel,
-    C: tl.constexpr, BLOCK_R: tl.constexpr, AFFINE: tl.constexpr,
+    x, y, first, rows, cols, mean, rstd, shift, alpha, alpha_stride, weight, bias, x_stride, x_channel,
+    C: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SHIFT: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    """y = x·(α + (1 − α)·p) for ``rows`` rows from ``first`` on."""
+    """y = (x + shift)·(α + (1 − α)·p) for ``rows`` rows from ``first`` on; y may lie in the memory of x."""
     inside = (cols < C)[None, :]
     _, rate, offset = _folded(rstd, weight, bias, cols, C, AFFINE)
     slope = tl.load(alpha + cols * alpha_stride, mask=cols < C, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        moved = _vector(shift, cols, C)
     source, target = _offsets(x_stride, x_channel, cols, BLOCK_R), _offsets(C, 1, cols, BLOCK_R)
     x += first * x_stride
     y += first * C
@@ -216,6 +228,8 @@ def _apply_rows(
         live = (start + tl.arange(0, BLOCK_R) < rows)[:, None] & inside
         value = tl.load(x + source, mask=live, other=0.0).to(tl.float32)
         p = _gate(value - mean[None, :], rate, offset, AFFINE)
+        if HAS_SHIFT:
+            value += moved[None, :]
         result = value * (slope[None, :] + (1.0 - slope)[None, :] * p)
         tl.store(y + target, result.to(y.dtype.element_ty), mask=live)
         x += BLOCK_R * x_stride
@@ -239,10 +253,11 @@ def moments_parts(
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_part", "num_parts", "x_stride"])
 def apply_training(
-    x, y, parts, num_parts, running_mean, running_var, tracked, step, normaliser, alpha, alpha_stride, weight, bias,
+    x, y, parts, num_parts, shift, running_mean, running_var, tracked, step, normaliser, alpha, alpha_stride, weight, bias,
     num_rows, rows_per_part, x_stride, x_channel, eps,
     C: tl.constexpr, X_UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    HAS_RUNNING: tl.constexpr, HAS_TRACKED: tl.constexpr, STEP_POINTER: tl.constexpr, AFFINE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_RUNNING: tl.constexpr, HAS_TRACKED: tl.constexpr, STEP_POINTER: tl.constexpr,
+    AFFINE: tl.constexpr,
 ):  # fmt: skip
     """Merge ``parts``, update the running statistics, keep ``normaliser`` [3, C] for backward, and write y."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -250,21 +265,22 @@ def apply_training(
     first, rows = _part(part, rows_per_part, num_rows)
     count, mean, m2 = _merge_parts(parts, num_parts, cols, C, BLOCK_C, BLOCK_P)
     mean, rstd = _normaliser(
-        count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, _limit(part, C),
-        C, HAS_RUNNING, HAS_TRACKED, STEP_POINTER,
+        count, mean, m2, shift, running_mean, running_var, tracked, step, eps, normaliser, cols, _limit(part, C),
+        C, HAS_SHIFT, HAS_RUNNING, HAS_TRACKED, STEP_POINTER,
     )  # fmt: skip
     _apply_rows(
-        x, y, first, rows, cols, mean, rstd, alpha, alpha_stride, weight, bias, tl.cast(x_stride, tl.int64) * X_UNIT, x_channel,
-        C, BLOCK_R, AFFINE,
+        x, y, first, rows, cols, mean, rstd, shift, alpha, alpha_stride, weight, bias,
+        tl.cast(x_stride, tl.int64) * X_UNIT, x_channel, C, BLOCK_R, HAS_SHIFT, AFFINE,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "x_stride"])
 def forward_columns(
-    x, mask, y, running_mean, running_var, tracked, step, normaliser, alpha, alpha_stride, weight, bias,
+    x, mask, y, shift, running_mean, running_var, tracked, step, normaliser, alpha, alpha_stride, weight, bias,
     num_rows, x_stride, x_channel, eps,
     C: tl.constexpr, X_UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_RUNNING: tl.constexpr, HAS_TRACKED: tl.constexpr, STEP_POINTER: tl.constexpr, AFFINE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_RUNNING: tl.constexpr, HAS_TRACKED: tl.constexpr, STEP_POINTER: tl.constexpr,
+    AFFINE: tl.constexpr,
 ):  # fmt: skip
     """``moments_parts`` and ``apply_training`` in one launch, for few rows: one program does all rows of its channels."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -272,28 +288,32 @@ def forward_columns(
     stride = tl.cast(x_stride, tl.int64) * X_UNIT
     count, mean, m2 = _row_moments(x, mask, first, rows, cols, stride, x_channel, C, BLOCK_R, BLOCK_C, HAS_MASK)
     mean, rstd = _normaliser(
-        count, mean, m2, running_mean, running_var, tracked, step, eps, normaliser, cols, C,
-        C, HAS_RUNNING, HAS_TRACKED, STEP_POINTER,
+        count, mean, m2, shift, running_mean, running_var, tracked, step, eps, normaliser, cols, C,
+        C, HAS_SHIFT, HAS_RUNNING, HAS_TRACKED, STEP_POINTER,
     )  # fmt: skip
     _apply_rows(
-        x, y, first, rows, cols, mean, rstd, alpha, alpha_stride, weight, bias, stride, x_channel, C, BLOCK_R, AFFINE
-    )
+        x, y, first, rows, cols, mean, rstd, shift, alpha, alpha_stride, weight, bias, stride, x_channel,
+        C, BLOCK_R, HAS_SHIFT, AFFINE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_part", "x_stride"])
 def apply_running(
-    x, y, running_mean, running_var, normaliser, alpha, alpha_stride, weight, bias,
+    x, y, shift, running_mean, running_var, normaliser, alpha, alpha_stride, weight, bias,
     num_rows, rows_per_part, x_stride, x_channel, eps,
-    C: tl.constexpr, X_UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, AFFINE: tl.constexpr,
+    C: tl.constexpr, X_UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    AFFINE: tl.constexpr,
 ):  # fmt: skip
     """Evaluation: y from the running statistics, and ``normaliser`` [3, C] with 1/count = 0."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1)
     first, rows = _part(part, rows_per_part, num_rows)
     mean = _vector(running_mean, cols, C)
+    if HAS_SHIFT:
+        mean -= _vector(shift, cols, C)
     rstd = 1.0 / tl.sqrt_rn(_vector(running_var, cols, C) + eps)
     _store_three(normaliser, cols, mean, rstd, tl.zeros_like(mean), _limit(part, C), C)
     _apply_rows(
-        x, y, first, rows, cols, mean, rstd, alpha, alpha_stride, weight, bias, tl.cast(x_stride, tl.int64) * X_UNIT, x_channel,
-        C, BLOCK_R, AFFINE,
+        x, y, first, rows, cols, mean, rstd, shift, alpha, alpha_stride, weight, bias,
+        tl.cast(x_stride, tl.int64) * X_UNIT, x_channel, C, BLOCK_R, HAS_SHIFT, AFFINE,
     )  # fmt: skip

@@ -22,13 +22,14 @@ _ROWS, _PROCESSORS = 65536, 132
 
 
 def _case(
-    kernel: Any, width: int, dtype: torch.dtype, suffix: str = "", *, scattered: bool = False, **extra: Any
+    kernel: Any, width: int, dtype: torch.dtype, suffix: str = "", *, heavy: bool = False, **extra: Any
 ) -> CompileCase:
-    tiles = tiling(_ROWS, width, dtype.itemsize, _PROCESSORS, scattered=scattered)
+    tiles = tiling(_ROWS, width, dtype.itemsize, _PROCESSORS, heavy=heavy)
     unit = next(u for u in (16, 8, 4, 2, 1) if width % u == 0)
     everything = {
         "C": width, "X_UNIT": unit, "GRAD_UNIT": unit, "x_channel": 1, "grad_channel": 1, "alpha_stride": 1,
-        "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c, "BLOCK_P": tiles.block_p, "HAS_MASK": False, "AFFINE": False,
+        "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c, "BLOCK_P": tiles.block_p,
+        "HAS_MASK": False, "HAS_SHIFT": False, "AFFINE": False,
         "HAS_RUNNING": True, "HAS_TRACKED": True, "STEP_POINTER": False, "WRITE_DX": False, "MOMENTS": True, **extra,
     }  # fmt: skip
     constants = {name: value for name, value in everything.items() if name in kernel.arg_names}
@@ -81,12 +82,21 @@ def compile_cases() -> list[CompileCase]:
         _case(kernels_backward.finish_parts, 256, torch.float32, "-moments"),
         _case(kernels_backward.finish_parts, 256, torch.float32, "-sums", MOMENTS=False),
     ]
+    shifted_forward = (kernels.apply_training, kernels.apply_running, kernels.forward_columns)
+    shifted_backward = (kernels_backward.sum_parts, kernels_backward.apply_gradient, kernels_backward.backward_columns)
+    for width, dtype in ((200, bf16), (80, torch.float32)):
+        cases += [_case(kernel, width, dtype, "-shift", HAS_SHIFT=True) for kernel in shifted_forward]
+        cases += [_case(kernel, width, dtype, "-shift", heavy=True, HAS_SHIFT=True) for kernel in shifted_backward]
+    cases += [
+        _case(kernels_backward.sum_parts, 80, bf16, "-shift-evaluation", heavy=True, HAS_SHIFT=True, WRITE_DX=True),
+        _case(kernels_backward.finish_parts, 256, torch.float32, "-shift-sums", MOMENTS=False, HAS_SHIFT=True),
+    ]
     return cases + [_transposed(kernel) for kernel in (kernels.moments_parts, kernels_backward.apply_gradient)]
 
 
 def _transposed(kernel: Any) -> CompileCase:
     """Channels that are not next to one another: a transposed x, or gradient."""
-    case = _case(kernel, 64, torch.float32, "-transposed", scattered=True)
+    case = _case(kernel, 64, torch.float32, "-transposed", heavy=True)
     channels = {name: "i32" for name in case.constexprs if name.endswith("_channel")}
     return dataclasses.replace(
         case,

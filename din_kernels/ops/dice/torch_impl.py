@@ -115,7 +115,8 @@ def _update(buffer: Tensor, value: Tensor, step: Tensor | float) -> None:
 
 def _batch_normaliser(
     count: Tensor | float, mean: Tensor, m2: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-    tracked: Tensor | None, step: Tensor | float, eps: float,
+    tracked: Tensor | None,
+    step: Tensor | float, eps: float,
 ) -> Normaliser:  # fmt: skip
     """The batch's moments normalise, and move the running statistics by ``step``; with fewer than two rows that count the
     running statistics (0 and 1 stand in for None) normalise, and stay as they are."""
@@ -246,35 +247,58 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     return _stack(*_moments(x, mask))
 
 
+def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    return x if shift is None else x.to(wide_dtype(x.dtype)) + shift
+
+
 def forward(
-    x: Tensor, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, step: Tensor | float, eps: float,
+    x: Tensor, shift: Tensor | None, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None,
+    bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None,
+    step: Tensor | float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Training: (y [N, C], normaliser [3, C]); running statistics are updated in place.
 
-    gathered  moments [W, 3, C] of all processes, to be used instead of those of x; or None
+    shift     [C], added to x; the mean in ``normaliser`` is that of x without it; or None
+    gathered  moments [W, 3, C] of all processes, to be used instead of those of x; or None, as with a shift
     step      weight of this batch in the running statistics
     """
-    count, mean, m2 = _moments(x, mask) if gathered is None else merge(gathered).unbind(0)
+    z = _shifted(x, shift)
+    count, mean, m2 = _moments(z, mask) if gathered is None else merge(gathered).unbind(0)
     normaliser = _batch_normaliser(count, mean, m2, running_mean, running_var, tracked, step, eps)
-    return _apply(x, normaliser, alpha, weight, bias), normaliser.packed()
+    return _apply(z, normaliser, alpha, weight, bias).to(x.dtype), _packed(normaliser, shift)
+
+
+def _packed(normaliser: Normaliser, shift: Tensor | None) -> Tensor:
+    packed = normaliser.packed()
+    if shift is not None:
+        packed[0] -= shift
+    return packed
 
 
 def inference(
-    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float,
-    *, in_place: bool = False,
+    x: Tensor, shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    eps: float, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [N, C] of ``evaluate`` alone; in the memory of x if ``in_place``."""
     normaliser = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
-    return _apply(x, normaliser, alpha, weight, bias, in_place=in_place)
+    if shift is not None:
+        x = x.add_(shift) if in_place else (x + shift).to(x.dtype)
+    return _apply(x, normaliser, alpha, weight, bias, in_place=in_place or shift is not None)
 
 
 def evaluate(
-    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    x: Tensor,
+    shift: Tensor | None,
+    alpha: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
     normaliser = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
-    return _apply(x, normaliser, alpha, weight, bias), normaliser.packed()
+    return _apply(_shifted(x, shift), normaliser, alpha, weight, bias).to(x.dtype), _packed(normaliser, shift)
 
 
 def sums(
@@ -291,14 +315,19 @@ def sums(
 
 
 def backward(
-    grad: Tensor, x: Tensor, mask: Tensor | None, normaliser: Tensor, gathered: Tensor | None, alpha: Tensor,
-    weight: Tensor | None, bias: Tensor | None, training: bool,
+    grad: Tensor, x: Tensor, shift: Tensor | None, mask: Tensor | None, normaliser: Tensor, gathered: Tensor | None,
+    alpha: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx [N, C], sums [3, C] as from ``sums``).
+    """(dx [N, C], sums [3, C] as from ``sums``; a fourth row, Σ dx, with a shift).
 
     gathered  sums [W, 3, C] of all processes, to be used instead of those of x; or None
     training  whether gradients go through the batch's statistics (where 1/count is not 0)
     """
+    if shift is not None:
+        wide = torch.cat((normaliser[:1] + shift, normaliser[1:]))
+        z = _shifted(x, shift)
+        dx, total = backward(grad, z, None, mask, wide, gathered, alpha, weight, bias, training)
+        return dx.to(x.dtype), torch.cat((total, dx.sum(0, keepdim=True)))
     half = _Backward(wide_dtype(x.dtype), normaliser, alpha, weight, bias)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chunks = [(g.to(half.wide), values, keep, target) for g, values, keep, target in _chunks(grad, x, mask, dx)]

@@ -47,14 +47,15 @@ def block_of_channels(width: int, itemsize: int) -> int:
     return min(block, _power_of_two(width))
 
 
-def tiling(rows: int, width: int, itemsize: int, processors: int, *, scattered: bool = False, waves: int = 1) -> Tiling:
+def tiling(rows: int, width: int, itemsize: int, processors: int, *, heavy: bool = False, waves: int = 1) -> Tiling:
     """How [rows, width] is cut up: for each of ``processors`` programs that have 32 KiB in flight, ``waves`` times; but
     so few that reading all parts (12 bytes for a channel of each) costs a program at most half of its share of x and y.
 
-    scattered  channels are not next to one another, so that every element takes an address, and its registers
+    heavy  an element takes more registers than usual, so that a tile must have half as many: channels that are not next to
+           one another (each element has an address), or a fourth sum (backward with a shift)
     """
     block_c = block_of_channels(width, itemsize)
-    tile = TILE // 2 if scattered or block_c * itemsize < 16 else TILE
+    tile = TILE // 2 if heavy or block_c * itemsize < 16 else TILE
     block_r = tile // block_c
     blocks = -(-width // block_c)
     wanted = 32768 // (tile * itemsize) * waves * processors // blocks
@@ -81,9 +82,10 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiling(x: Tensor, grad: Tensor | None = None, *, waves: int = 1) -> Tiling:
-    scattered = x.stride(1) != 1 or (grad is not None and grad.stride(1) != 1)
-    return tiling(x.shape[0], x.shape[1], x.element_size(), _processors(x.device), scattered=scattered, waves=waves)
+def _tiling(x: Tensor, grad: Tensor | None = None, shift: Tensor | None = None, *, waves: int = 1) -> Tiling:
+    """``shift``: only where its gradient is summed."""
+    heavy = x.stride(1) != 1 or (grad is not None and grad.stride(1) != 1) or shift is not None
+    return tiling(x.shape[0], x.shape[1], x.element_size(), _processors(x.device), heavy=heavy, waves=waves)
 
 
 def _stride(name: str, x: Tensor) -> dict[str, int]:
@@ -95,12 +97,12 @@ def _stride(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_stride": stride // unit, f"{name}_channel": channel, f"{name.upper()}_UNIT": unit}
 
 
-def _vectors(alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+def _vectors(shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
     """Parameters as the kernels take them; absent ones need some pointer."""
     return {
         "alpha": alpha, "alpha_stride": alpha.stride(0),
         "weight": alpha if weight is None else weight.contiguous(), "bias": alpha if bias is None else bias.contiguous(),
-        "AFFINE": weight is not None,
+        "shift": alpha if shift is None else shift.contiguous(), "HAS_SHIFT": shift is not None, "AFFINE": weight is not None,
     }  # fmt: skip
 
 
@@ -108,8 +110,9 @@ def _grid(x: Tensor, tiles: Tiling) -> tuple[int, int]:
     return -(-x.shape[1] // tiles.block_c), tiles.parts
 
 
-def _three(x: Tensor, *parts: int) -> Tensor:
-    return torch.empty((*parts, 3, x.shape[1]), dtype=torch.float32, device=x.device)
+def _three(x: Tensor, *parts: int, shift: Tensor | None = None) -> Tensor:
+    """[..., 3, C], or [..., 4, C] for sums where there is a shift."""
+    return torch.empty((*parts, 3 if shift is None else 4, x.shape[1]), dtype=torch.float32, device=x.device)
 
 
 def _moments_parts(x: Tensor, mask: Tensor | None, tiles: Tiling) -> Tensor:
@@ -122,8 +125,8 @@ def _moments_parts(x: Tensor, mask: Tensor | None, tiles: Tiling) -> Tensor:
 
 
 def _finish(parts: Tensor, tiles: Tiling, *, moments: bool) -> Tensor:
-    width = parts.shape[2]
-    result = _three(parts[0])
+    _, numbers, width = parts.shape
+    result = torch.empty_like(parts[0])
     kernels_backward.finish_parts[(-(-width // tiles.block_c),)](
         parts,
         parts.shape[0],
@@ -132,6 +135,7 @@ def _finish(parts: Tensor, tiles: Tiling, *, moments: bool) -> Tensor:
         BLOCK_C=tiles.block_c,
         BLOCK_P=tiles.block_p,
         MOMENTS=moments,
+        HAS_SHIFT=numbers == 4,
         **launch_options(),
     )
     return result
@@ -151,8 +155,9 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def forward(
-    x: Tensor, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None, step: Tensor | float, eps: float,
+    x: Tensor, shift: Tensor | None, mask: Tensor | None, gathered: Tensor | None, alpha: Tensor, weight: Tensor | None,
+    bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, tracked: Tensor | None,
+    step: Tensor | float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.forward``."""
     rows, width = x.shape
@@ -174,30 +179,50 @@ def forward(
         if gathered is None and rows <= COLUMNS_MAX_ROWS:
             kernels.forward_columns[(_grid(x, tiles)[0],)](
                 x=x, mask=x if given is None else given, y=y, num_rows=rows, HAS_MASK=given is not None,
-                **statistics, **_vectors(alpha, weight, bias), **shape, **launch_options(crowded=False),
+                **statistics, **_vectors(shift, alpha, weight, bias), **shape, **launch_options(crowded=False),
             )  # fmt: skip
             return y, normaliser
         parts = _moments_parts(x, given, tiles) if gathered is None else gathered
         kernels.apply_training[_grid(x, tiles)](
             x=x, y=y, parts=parts, num_parts=parts.shape[0], num_rows=rows, rows_per_part=tiles.rows_per_part,
-            BLOCK_P=tiles.block_p, **statistics, **_vectors(alpha, weight, bias), **shape, **launch_options(),
+            BLOCK_P=tiles.block_p, **statistics, **_vectors(shift, alpha, weight, bias), **shape, **launch_options(),
         )  # fmt: skip
     return y, normaliser
 
 
+def inference(
+    x: Tensor, shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    eps: float, *, in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    """See ``torch_impl.inference``."""
+    y = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _evaluate_into(y, x, shift, alpha, weight, bias, mean, var, eps)
+    return y
+
+
 def evaluate(
-    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.evaluate``."""
-    y, normaliser = torch.empty(x.shape, dtype=x.dtype, device=x.device), _three(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, _evaluate_into(y, x, shift, alpha, weight, bias, mean, var, eps)
+
+
+def _evaluate_into(
+    y: Tensor, x: Tensor, shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
+    var: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """Write y, which may be x; returns normaliser [3, C]."""
+    normaliser = _three(x)
     tiles = _tiling(x, waves=4)  # nothing is merged, so programs may be many
     with on_device(x):
         kernels.apply_running[_grid(x, tiles)](
             x=x, y=y, running_mean=mean, running_var=var, normaliser=normaliser, num_rows=x.shape[0],
-            rows_per_part=tiles.rows_per_part, eps=eps, **_vectors(alpha, weight, bias), **_stride("x", x), C=x.shape[1],
-            BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, **launch_options(),
+            rows_per_part=tiles.rows_per_part, eps=eps, **_vectors(shift, alpha, weight, bias), **_stride("x", x),
+            C=x.shape[1], BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, **launch_options(),
         )  # fmt: skip
-    return y, normaliser
+    return normaliser
 
 
 def _backward_shape(grad: Tensor, x: Tensor, tiles: Tiling) -> dict[str, Any]:
@@ -209,7 +234,7 @@ def _backward_shape(grad: Tensor, x: Tensor, tiles: Tiling) -> dict[str, Any]:
 def _sum_parts(
     grad: Tensor, x: Tensor, dx: Tensor | None, normaliser: Tensor, vectors: dict[str, Any], tiles: Tiling
 ) -> Tensor:
-    parts = _three(x, tiles.parts)
+    parts = _three(x, tiles.parts, shift=vectors["shift"] if vectors["HAS_SHIFT"] else None)
     kernels_backward.sum_parts[_grid(x, tiles)](
         grad=grad, x=x, dx=x if dx is None else dx, parts=parts, normaliser=normaliser, num_rows=x.shape[0],
         rows_per_part=tiles.rows_per_part, WRITE_DX=dx is not None, **vectors, **_backward_shape(grad, x, tiles),
@@ -226,22 +251,22 @@ def sums(
         return _three(x).zero_()
     tiles = _tiling(x, grad)
     with on_device(x):
-        parts = _sum_parts(grad, x, None, normaliser, _vectors(alpha, weight, bias), tiles)
+        parts = _sum_parts(grad, x, None, normaliser, _vectors(None, alpha, weight, bias), tiles)
         return _finish(parts, tiles, moments=False)
 
 
 def backward(
-    grad: Tensor, x: Tensor, mask: Tensor | None, normaliser: Tensor, gathered: Tensor | None, alpha: Tensor,
-    weight: Tensor | None, bias: Tensor | None, training: bool,
+    grad: Tensor, x: Tensor, shift: Tensor | None, mask: Tensor | None, normaliser: Tensor, gathered: Tensor | None,
+    alpha: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.backward``."""
     rows, width = x.shape
     dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    vectors, tiles = _vectors(alpha, weight, bias), _tiling(x, grad)
+    vectors, tiles = _vectors(shift, alpha, weight, bias), _tiling(x, grad, shift)
     with on_device(x):
         if not training:
             return dx, _finish(_sum_parts(grad, x, dx, normaliser, vectors, tiles), tiles, moments=False)
-        result = _three(x)
+        result = _three(x, shift=shift)
         given = _bytes(mask)
         shared: dict[str, Any] = {
             "grad": grad, "x": x, "mask": x if given is None else given, "dx": dx, "sums": result, "normaliser": normaliser,

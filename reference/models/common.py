@@ -83,11 +83,12 @@ def make_unit(embedding_dim: int, config: ModelConfig) -> nn.Module:
 class MLP(nn.Module):
     """Fully connected layers to one logit: ``linears`` (hidden, then output to 1) and ``activations``.
 
-    x [B, F] -> [B]. The fused hidden layer is made in this one place.
+    x [B, F] -> [B]. Fused, a hidden layer and its Dice run as one, but stay apart as modules: the ``state_dict`` is the same.
     """
 
     def __init__(self, in_features: int, config: ModelConfig) -> None:
         super().__init__()
+        self.fused = config.fused
         widths = [in_features, *config.mlp_hidden]
         self.linears = nn.ModuleList([nn.Linear(i, o) for i, o in pairwise(widths)] + [nn.Linear(widths[-1], 1)])
         self.activations = nn.ModuleList(
@@ -96,8 +97,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for linear, activation in zip(self.linears, self.activations, strict=False):
-            x = activation(linear(x))
+            x = self._hidden(x, linear, activation)
         return self.linears[-1](x).squeeze(-1)
+
+    def _hidden(self, x: Tensor, linear: nn.Module, activation: nn.Module) -> Tensor:
+        if self.fused:
+            import din_kernels
+
+            if isinstance(linear, nn.Linear) and isinstance(activation, din_kernels.Dice):
+                return din_kernels.modules.linear_dice(x, linear, activation)
+        return activation(linear(x))
 
 
 class ItemEmbedding(nn.Module):

@@ -37,6 +37,20 @@ def test_same_weights_same_logits_same_gradients(
     torch.testing.assert_close(fused(batch), unfused(batch), rtol=1e-4, atol=1e-5)
 
 
+def test_the_top_mlp_runs_dice_with_its_linear_layer(tiny: ClickData, monkeypatch: pytest.MonkeyPatch) -> None:
+    import din_kernels
+
+    calls = []
+    real = din_kernels.modules.linear_dice
+    monkeypatch.setattr(din_kernels.modules, "linear_dice", lambda *given: (calls.append(given), real(*given))[1])
+    options = dataclasses.replace(TINY, activation="dice")
+    for fused in (False, True):
+        calls.clear()
+        model = build("din", schema_of(tiny), dataclasses.replace(options.model_config(), fused=fused))
+        model(gather_batch(tiny, tiny.train.take(slice(0, 8))))
+        assert len(calls) == (len(options.model_config().mlp_hidden) if fused else 0)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_loss_curves_agree_over_a_run(tiny: ClickData, tmp_path: Path, optimizer: str) -> None:
     options = dataclasses.replace(TINY, models=("din",), variants=("unfused", "fused"), optimizer=optimizer)

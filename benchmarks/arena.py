@@ -1,7 +1,8 @@
 """The race: contestants take turns on the same inputs, after each has shown that its numbers are right.
 
 pytest-benchmark times the fused contestant; before each of its rounds every other contestant is timed once on the same
-inputs, so that a ratio compares two calls that follow one another, whatever else the machine is doing by the minute.
+inputs, in an order that rotates, so that a ratio compares two calls of one moment, whatever else the machine is doing by
+the minute.
 Inputs rotate through copies that together exceed the last-level cache twice over.
 """
 
@@ -201,8 +202,10 @@ class Arena:
         turn = iter(range(10**9))
 
         def the_others() -> tuple[tuple[Any], dict[str, Any]]:
-            chosen = inputs[next(turn) % len(inputs)]
-            for name in others:
+            now = next(turn)
+            chosen = inputs[now % len(inputs)]
+            first = now % max(len(others), 1)
+            for name in others[first:] + others[:first]:  # whoever goes before leaves its caches and its heap behind
                 walls[name].append(clock.wall_seconds(ready[name], chosen, self.device))
             clock.synchronise(self.device)
             return (chosen,), {}

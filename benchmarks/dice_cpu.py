@@ -46,20 +46,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
-    print(f"{'rows':>6} {'channels':>8} {'training step':>22} {'evaluation':>22}")
+    print(f"{'rows':>6} {'channels':>8} {'training step':>22} {'evaluation, backward':>22} {'evaluation':>22}")
     for rows, width in SHAPES:
         torch.manual_seed(0)
         pair = [din_kernels.Dice(width, backend="torch"), units.Dice(width)]
         x, grad = torch.randn(rows, width, requires_grad=True), torch.randn(rows, width)
         repeats = max(5, min(200, 20_000_000 // (rows * width)))
         cells = []
-        for training in (True, False):
-            calls = [partial(step, m, x, grad) if training else partial(evaluate, m, x) for m in pair]
+        for training, backward in ((True, True), (False, True), (False, False)):
+            calls = [partial(step, m, x, grad) if backward else partial(evaluate, m, x) for m in pair]
             for module in pair:
                 module.train(training)
             ours, theirs = fastest(calls, repeats)
             cells.append(f"{ours * 1e6:9.0f} us {theirs / ours:6.2f}x")
-        print(f"{rows:>6} {width:>8} {cells[0]:>22} {cells[1]:>22}", flush=True)
+        print(f"{rows:>6} {width:>8} {cells[0]:>22} {cells[1]:>22} {cells[2]:>22}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,32 @@ def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> Non
     _checks.check_tensor(name, value, shape=(width,), dtypes=_checks.FLOAT_DTYPES, device=x.device, layout_hint=" [C]")
 
 
+def _is_plain(
+    x: Tensor, alpha: Tensor, running: Running, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    shift: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether the arguments are what nearly every call passes, so that small calls need not pay for all the checks."""
+    if not (weight is bias is mask is shift is None and type(x) is Tensor and x.dim() >= 1):
+        return False
+    mean, var, tracked, momentum = running.mean, running.var, running.tracked, running.momentum
+    if not (isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(alpha, Tensor)):
+        return False
+    dtype, device, width = x.dtype, x.device, x.shape[-1:]
+    return (
+        width[0] > 0 and dtype in _checks.FLOAT_DTYPES
+        and alpha.dtype == mean.dtype == var.dtype == dtype and alpha.shape == mean.shape == var.shape == width
+        and alpha.device == mean.device == var.device == device and mean.is_contiguous() and var.is_contiguous()
+        and type(momentum) is float and 0.0 <= momentum <= 1.0 and running.eps >= 0.0
+        and (tracked is None or (tracked.dtype == torch.int64 and tracked.dim() == 0 and tracked.device == device))
+    )  # fmt: skip
+
+
 def _check(
     x: Tensor, alpha: Tensor, running: Running, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     shift: Tensor | None, training: bool,
 ) -> None:  # fmt: skip
+    if _is_plain(x, alpha, running, weight, bias, mask, shift):
+        return
     _checks.check_tensor("x", x, dtypes=_checks.FLOAT_DTYPES)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must have shape [..., C] with at least one channel, got {list(x.shape)}")

@@ -5,7 +5,8 @@ float32 (float64 for float64) and merged by Chan's formula, never as E[x²] − 
 Gradients are explicit: everything here runs where autograd records nothing.
 
 On a CPU rows are walked in chunks that stay in the cache, because the intermediate steps (there is no fusion here) would
-otherwise each go through memory; elsewhere a chunk is everything.
+otherwise each go through memory; elsewhere a chunk is everything. Steps write into the same few buffers from chunk to
+chunk: fresh ones come page by page from the operating system, which costs as much as the arithmetic.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32: smaller chunks spend their time in the interpreter, larger ones in memory
+_CHUNK_ELEMENTS = 1 << 19  # 2 MiB of float32: smaller chunks spend their time in the interpreter, larger ones in memory
+_TINY = 1 << 10  # elements below which Welford's slow but exact recurrence is one call and done
+_SMALL = 1 << 17  # elements below which a pass costs less than finding out whether it is needed
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,15 +27,18 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(*tensors: Tensor | None) -> Iterator[Any]:
-    """Matching chunks of rows of ``tensors`` (the first is never None)."""
+def _rows_per_chunk(x: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
+
+
+def _chunks(step: int, *tensors: Tensor | None) -> Iterator[Any]:
+    """Matching chunks of ``step`` rows of ``tensors`` (the first is never None)."""
     first = tensors[0]
     assert first is not None
-    rows, width = first.shape
-    if first.device.type != "cpu" or rows * width <= _CHUNK_ELEMENTS:
+    rows = first.shape[0]
+    if rows <= step:
         yield tensors
         return
-    step = max(1, _CHUNK_ELEMENTS // width)
     for start in range(0, rows, step):
         yield tuple(None if t is None else t[start : start + step] for t in tensors)
 
@@ -40,33 +46,35 @@ def _chunks(*tensors: Tensor | None) -> Iterator[Any]:
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
 
-def merge(parts: Tensor) -> Tensor:
-    """Moments of a union from the moments of its parts: [P, 3, C] -> [3, C] (Chan, Golub and LeVeque, 1979).
+def merge(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, mean, M2) of a union from those of its P parts, [P, C] or [P, 1] each (Chan, Golub and LeVeque, 1979).
 
     Means are taken relative to one of them: their sum would round away what a small variance needs.
     """
-    count, mean, m2 = parts.unbind(1)
     total = count.sum(0)
-    base = torch.where(count > 0, mean, float("-inf")).amax(0)
-    base = torch.where(total > 0, base, 0)
+    base = torch.where(total > 0, torch.where(count > 0, mean, float("-inf")).amax(0), 0)
     away = torch.where(count > 0, mean - base, 0)
     shift = (count * away).sum(0) / total.clamp(min=1)
-    return torch.stack((total, base + shift, (m2 + count * (away - shift).square()).sum(0)))
+    return total, base + shift, (m2 + count * (away - shift).square()).sum(0)
 
 
-def _chunk_moments(values: Tensor, keep: Tensor | None) -> tuple[Tensor | float, Tensor, Tensor]:
+def _chunk_moments(values: Tensor, keep: Tensor | None, work: Tensor | None) -> tuple[Tensor | float, Tensor, Tensor]:
     """(count, mean, M2) of one chunk: two passes, and what rounding left of the first one's mean corrected by the second."""
     if keep is None:
-        count: Tensor | float = float(values.shape[0])
+        rows = values.shape[0]
+        if rows * values.shape[1] <= _TINY and values.device.type == "cpu" and rows:
+            var, mean = torch.var_mean(values, 0, correction=0)
+            return float(rows), mean, var.mul_(rows)
+        count: Tensor | float = float(rows)
         at_least_one: Tensor | float = max(count, 1.0)
         mean = values.sum(0).div_(at_least_one)
-        centred = values - mean
+        centred = torch.sub(values, mean, out=work)
     else:
         keep = keep[:, None]
         count = keep.sum(0, dtype=values.dtype)
         at_least_one = count.clamp(min=1)
         mean = values.masked_fill(~keep, 0).sum(0).div_(at_least_one)
-        centred = (values - mean).masked_fill_(~keep, 0)
+        centred = torch.sub(values, mean, out=work).masked_fill_(~keep, 0)
     left = centred.sum(0).div_(at_least_one)
     m2 = centred.square_().sum(0).sub_(left.square().mul_(count)).clamp_(min=0)
     return count, mean.add_(left), m2
@@ -74,12 +82,17 @@ def _chunk_moments(values: Tensor, keep: Tensor | None) -> tuple[Tensor | float,
 
 def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor | float, Tensor, Tensor]:
     """(count, mean, M2) of the rows that count; the count is a number where the host knows it."""
-    wide = wide_dtype(x.dtype)
-    found = [_chunk_moments(values.to(wide), keep) for values, keep in _chunks(x, mask)]
-    if len(found) == 1:
-        return found[0]
-    count, mean, m2 = merge(torch.stack([_stack(*part) for part in found])).unbind(0)
-    return (count if mask is not None else float(x.shape[0])), mean, m2
+    wide, step = wide_dtype(x.dtype), _rows_per_chunk(x)
+    if x.shape[0] <= step:
+        return _chunk_moments(x.to(wide), mask, None)
+    work = torch.empty((step, x.shape[1]), dtype=wide, device=x.device)
+    parts = []
+    for values, keep in _chunks(step, x, mask):
+        parts.append(_chunk_moments(values.to(wide), keep, work[: values.shape[0]]))
+    counts, means, m2s = zip(*parts, strict=True)
+    count = work.new_tensor(counts)[:, None] if mask is None else torch.stack(counts)
+    total, mean, m2 = merge(count, torch.stack(means), torch.stack(m2s))
+    return (float(x.shape[0]) if mask is None else total), mean, m2
 
 
 def _stack(count: Tensor | float, mean: Tensor, last: Tensor) -> Tensor:
@@ -102,7 +115,9 @@ class Normaliser(NamedTuple):
 
 
 def _running_normaliser(mean: Tensor, var: Tensor, eps: float, wide: torch.dtype) -> Normaliser:
-    return Normaliser(mean.to(wide), var.to(wide).add(eps).rsqrt_(), 0.0)
+    if mean.dtype != wide or var.dtype != wide:
+        mean, var = mean.to(wide), var.to(wide)
+    return Normaliser(mean, (var + eps).rsqrt_(), 0.0)
 
 
 def _update(buffer: Tensor, value: Tensor, step: Tensor | float) -> None:
@@ -146,97 +161,135 @@ def _batch_normaliser(
 # ---- forward and backward of rows -----------------------------------------------------------------------------------
 
 
-def _apply(
-    x: Tensor,
-    normaliser: Normaliser,
-    alpha: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    in_place: bool = False,
-) -> Tensor:
-    """y = p·x + (1 − p)·α·x with p = σ(x̂·weight + bias), x̂ = (x − mean)·rstd; in the memory of x if ``in_place``."""
-    wide = wide_dtype(x.dtype)
-    mean, rstd, _ = normaliser
-    alpha = alpha.to(wide)
-    slope = alpha.neg().add_(1)
-    rate = rstd if weight is None else rstd * weight
-    y = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for values, target in _chunks(x, y):
+class _Gate:
+    """p = σ(x̂·weight + bias) with x̂ = (x − mean)·rstd, and the gate α + (1 − α)·p that x goes through.
+
+    Where no mean is more than 16 deviations (of x̂·weight), x̂·weight + bias is one pass, x·rate + level; beyond, its
+    cancellation would show in float32, and the mean is subtracted first. ``base`` is what is subtracted, None or the mean;
+    ``rest`` what then is left of the mean, [C] or None.
+    """
+
+    def __init__(
+        self, x: Tensor, mean: Tensor, rstd: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> None:
+        self.wide = wide_dtype(x.dtype)
+        self.alpha = alpha if alpha.dtype == self.wide else alpha.to(self.wide)
+        self.slope = torch.rsub(self.alpha, 1)
+        self.rate = rstd if weight is None else rstd * weight.to(self.wide)
+        self.base: Tensor | None = mean
+        self.rest: Tensor | None = None
+        self.level = None if bias is None else bias.to(self.wide)
+        if x.device.type == "cpu" and x.numel() > _SMALL:
+            away = mean * self.rate
+            if not bool((away.abs() > 16).any()):
+                self.base, self.rest = None, mean
+                self.level = away.neg_() if self.level is None else self.level - away
+
+    def centred(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """x − base."""
+        return values if self.base is None else torch.sub(values, self.base, out=out)
+
+    def open(self, centred: Tensor, out: Tensor | None = None) -> Tensor:
+        """p, from what ``centred`` gave, which may be ``out``."""
+        if self.base is None:
+            assert self.level is not None
+            return torch.addcmul(self.level, centred, self.rate, out=out).sigmoid_()
+        p = torch.mul(centred, self.rate, out=out)
+        return (p if self.level is None else p.add_(self.level)).sigmoid_()
+
+    def gate(self, p: Tensor) -> Tensor:
+        """α + (1 − α)·p, in the memory of p."""
+        return torch.addcmul(self.alpha, p, self.slope, out=p)
+
+
+def _apply(x: Tensor, gate: _Gate, *, in_place: bool = False) -> Tensor:
+    """y = x·(α + (1 − α)·p) in the dtype of x; in the memory of x if ``in_place``."""
+    wide, step = gate.wide, _rows_per_chunk(x)
+    if x.dtype == wide and x.shape[0] <= step and x.is_contiguous():
+        opened = gate.gate(gate.open(gate.centred(x)))
+        return torch.mul(x, opened, out=x) if in_place else opened.mul_(x)
+    y = x if in_place else x.new_empty(x.shape)
+    direct = y.dtype == wide and not in_place  # then the output is the workspace
+    work = y if direct else torch.empty((min(step, x.shape[0]), x.shape[1]), dtype=wide, device=x.device)
+    for values, target in _chunks(step, x, y):
+        p = target if direct else work[: values.shape[0]]
         values = values.to(wide)
-        # The output is the workspace where it has the precision for it and is not the input.
-        p = values - mean if in_place or y.dtype != wide else torch.sub(values, mean, out=target)
-        p.mul_(rate)
-        if bias is not None:
-            p.add_(bias)
-        gate = torch.addcmul(alpha, p.sigmoid_(), slope, out=p)
-        if y.dtype == wide:
-            torch.mul(values, gate, out=target)
+        opened = gate.gate(gate.open(gate.centred(values, p), p))
+        if target.dtype == wide:
+            torch.mul(values, opened, out=target)
         else:
-            target.copy_(gate.mul_(values))
+            target.copy_(opened.mul_(values))
     return y
 
 
-class _Pieces(NamedTuple):
-    """Of a chunk: x − mean, p, g·x, and t = g·x·p·(1 − p)."""
+class _Sums:
+    """Sums over the rows of all chunks: Σ g·x·(1 − p), and unless nobody needs them Σ t and Σ t·(x − base), with
+    t = g·x·p·(1 − p)."""
 
-    centred: Tensor
-    p: Tensor
-    product: Tensor
-    t: Tensor
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, ...]] = []
+
+    def finished(self, gate: _Gate, rstd: Tensor) -> Tensor:
+        """[3, C]: Σ dz, Σ dz·x̂ (0 where not needed), Σ g·x·(1 − p), dz = (1 − α)·t."""
+        found = self.found[0]
+        if len(self.found) > 1:
+            found = tuple(torch.stack(some).sum(0) for some in zip(*self.found, strict=True))
+        if len(found) == 1:
+            zero = torch.zeros_like(found[0])
+            return torch.stack((zero, zero, found[0]))
+        closed, direct, slanted = found
+        if gate.rest is not None:
+            slanted = torch.addcmul(slanted, gate.rest, direct, value=-1)
+        return torch.stack((direct * gate.slope, slanted.mul(rstd).mul_(gate.slope), closed))
 
 
-class _Backward:
-    """The two halves of the backward pass, which share what is constant along rows."""
-
-    def __init__(
-        self, wide: torch.dtype, normaliser: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
-    ):
-        self.wide = wide
-        self.mean, self.rstd, self.inverse = normaliser.to(wide).unbind(0)
-        self.alpha = alpha.to(wide)
-        self.slope = self.alpha.neg().add_(1)
-        self.scale = self.rstd if weight is None else self.rstd * weight.to(wide)
-        self.offset = None if bias is None else bias.to(wide)
-
-    def pieces(self, g: Tensor, values: Tensor) -> _Pieces:
-        centred = values - self.mean
-        p = centred * self.scale
-        if self.offset is not None:
-            p.add_(self.offset)
-        p.sigmoid_()
-        product = g * values
-        return _Pieces(centred, p, product, torch.ops.aten.sigmoid_backward(product, p))
-
-    def sums(self, pieces: _Pieces, all_three: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ t, Σ t·(x − mean), Σ g·x·(1 − p) over the chunk; the first two 0 if not ``all_three``."""
-        centred, p, product, t = pieces
-        closed = torch.addcmul(product, product, p, value=-1).sum(0)
-        if not all_three:
-            return torch.zeros_like(closed), torch.zeros_like(closed), closed
-        return t.sum(0), (t * centred).sum(0), closed
-
-    def finished(self, sums: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """[3, C]: Σ dz, Σ dz·x̂, Σ g·x·(1 − p) from those of all chunks, dz = (1 − α)·t."""
-        direct, slanted, closed = (
-            sums[0] if len(sums) == 1 else (torch.stack(some).sum(0) for some in zip(*sums, strict=True))
-        )
-        return torch.stack((direct * self.slope, (slanted * self.rstd).mul_(self.slope), closed))
-
-    def gradient(self, g: Tensor, pieces: _Pieces, keep: Tensor | None, total: Tensor | None, target: Tensor) -> None:
-        """dx = g·(α + (1 − α)·p) + rstd·w·(dz − [row counts]·(Σ dz + x̂·Σ dz·x̂)/count), from ``total`` as ``finished``
-        gives it; without the last term where it is None."""
-        centred, p, _, t = pieces
-        result = t.mul_(self.slope * self.scale)
-        if total is not None:
-            share = self.scale * self.inverse
-            through = torch.addcmul(share * total[0], centred, share * total[1] * self.rstd, out=centred)
-            result.sub_(through if keep is None else through.masked_fill_(~keep[:, None], 0))
-        gate = torch.addcmul(self.alpha, p, self.slope, out=p)
-        if target.dtype == self.wide:
-            torch.addcmul(result, gate, g, out=target)
+def _walk(grad: Tensor, x: Tensor, gate: _Gate, dx: Tensor | None, *, of_statistics: bool) -> _Sums:
+    """One walk over all rows: their sums (all three with ``of_statistics``), and into ``dx``
+    (if given) what g contributes directly, g·(α + (1 − α)·p) + rate·dz."""
+    step = _rows_per_chunk(x)
+    work = None
+    if x.shape[0] > step:
+        work = torch.empty((3, step, x.shape[1]), dtype=gate.wide, device=x.device)
+    inner, sums = gate.slope * gate.rate, _Sums()
+    for g, values, target in _chunks(step, grad, x, dx):
+        first, second, third = (None, None, None) if work is None else work[:, : values.shape[0]].unbind(0)
+        g, values = g.to(gate.wide), values.to(gate.wide)
+        centred = gate.centred(values, third)
+        p = gate.open(centred, first)
+        closed = torch.mul(g, values, out=second)
+        torch.addcmul(closed, closed, p, value=-1, out=closed)
+        of_closed = closed.sum(0)
+        t = closed.mul_(p)
+        if of_statistics:
+            sums.found.append((of_closed, t.sum(0), torch.mul(t, centred, out=third).sum(0)))
         else:
-            target.copy_(result.addcmul_(gate, g))
+            sums.found.append((of_closed,))
+        if target is not None:
+            torch.addcmul(t.mul_(inner), gate.gate(p), g, out=target)
+    return sums
+
+
+def _through_statistics(
+    dx: Tensor, x: Tensor, mask: Tensor | None, gate: _Gate, rstd: Tensor, inverse: Tensor, total: Tensor
+) -> None:
+    """dx −= rate·(Σ dz + x̂·Σ dz·x̂)/count, in rows that count."""
+    share = gate.rate * inverse
+    slope = share * total[1] * rstd
+    level = share * total[0]
+    if gate.rest is not None:
+        level = torch.addcmul(level, gate.rest, slope, value=-1)
+    step = _rows_per_chunk(x)
+    work = None
+    if x.shape[0] > step and (mask is not None or gate.base is not None):
+        work = torch.empty((step, x.shape[1]), dtype=gate.wide, device=x.device)
+    for target, values, keep in _chunks(step, dx, x, mask):
+        values = values.to(gate.wide)
+        if mask is None and gate.base is None:
+            target.addcmul_(values, slope, value=-1).sub_(level)
+            continue
+        buffer = None if work is None else work[: values.shape[0]]
+        through = torch.addcmul(level, gate.centred(values, buffer), slope, out=buffer)
+        target.sub_(through if keep is None else through.masked_fill_(~keep[:, None], 0))
 
 
 # ---- what the operators call ----------------------------------------------------------------------------------------
@@ -263,9 +316,10 @@ def forward(
     step      weight of this batch in the running statistics
     """
     z = _shifted(x, shift)
-    count, mean, m2 = _moments(z, mask) if gathered is None else merge(gathered).unbind(0)
+    count, mean, m2 = _moments(z, mask) if gathered is None else merge(*gathered.unbind(1))
     normaliser = _batch_normaliser(count, mean, m2, running_mean, running_var, tracked, step, eps)
-    return _apply(z, normaliser, alpha, weight, bias).to(x.dtype), _packed(normaliser, shift)
+    gate = _Gate(z, normaliser.mean, normaliser.rstd, alpha, weight, bias)
+    return _apply(z, gate).to(x.dtype), _packed(normaliser, shift)
 
 
 def _packed(normaliser: Normaliser, shift: Tensor | None) -> Tensor:
@@ -280,10 +334,10 @@ def inference(
     eps: float, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [N, C] of ``evaluate`` alone; in the memory of x if ``in_place``."""
-    normaliser = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
+    mean, rstd, _ = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     if shift is not None:
         x = x.add_(shift) if in_place else (x + shift).to(x.dtype)
-    return _apply(x, normaliser, alpha, weight, bias, in_place=in_place or shift is not None)
+    return _apply(x, _Gate(x, mean, rstd, alpha, weight, bias), in_place=in_place or shift is not None)
 
 
 def evaluate(
@@ -298,7 +352,9 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
     normaliser = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
-    return _apply(_shifted(x, shift), normaliser, alpha, weight, bias).to(x.dtype), _packed(normaliser, shift)
+    z = _shifted(x, shift)
+    gate = _Gate(z, normaliser.mean, normaliser.rstd, alpha, weight, bias)
+    return _apply(z, gate).to(x.dtype), _packed(normaliser, shift)
 
 
 def sums(
@@ -308,10 +364,9 @@ def sums(
 
     dz = g·x·(1 − α)·p·(1 − p), the gradient of the sigmoid's argument.
     """
-    half = _Backward(wide_dtype(x.dtype), normaliser, alpha, weight, bias)
-    return half.finished(
-        [half.sums(half.pieces(g.to(half.wide), values.to(half.wide))) for g, values in _chunks(grad, x)]
-    )
+    mean, rstd, _ = normaliser.to(wide_dtype(x.dtype)).unbind(0)
+    gate = _Gate(x, mean, rstd, alpha, weight, bias)
+    return _walk(grad, x, gate, None, of_statistics=True).finished(gate, rstd)
 
 
 def backward(
@@ -328,27 +383,12 @@ def backward(
         z = _shifted(x, shift)
         dx, total = backward(grad, z, None, mask, wide, gathered, alpha, weight, bias, training)
         return dx.to(x.dtype), torch.cat((total, dx.sum(0, keepdim=True)))
-    half = _Backward(wide_dtype(x.dtype), normaliser, alpha, weight, bias)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    chunks = [(g.to(half.wide), values, keep, target) for g, values, keep, target in _chunks(grad, x, mask, dx)]
-    if not training:  # one pass does it
-        found = []
-        for g, values, _, target in chunks:
-            pieces = half.pieces(g, values.to(half.wide))
-            found.append(half.sums(pieces, all_three=weight is not None))
-            half.gradient(g, pieces, None, None, target)
-        return dx, half.finished(found)
-    kept = None
-    if gathered is None:
-        found = []
-        for g, values, _, _ in chunks:
-            kept = half.pieces(g, values.to(half.wide))
-            found.append(half.sums(kept))
-        total = half.finished(found)
-    else:
-        total = gathered.sum(0)
-    for g, values, keep, target in chunks:
-        # With one chunk the pieces are still there; of several they would not fit the cache and are made again.
-        pieces = kept if kept is not None and len(chunks) == 1 else half.pieces(g, values.to(half.wide))
-        half.gradient(g, pieces, keep, total, target)
-    return dx, total
+    mean, rstd, inverse = normaliser.to(wide_dtype(x.dtype)).unbind(0)
+    gate = _Gate(x, mean, rstd, alpha, weight, bias)
+    dx = torch.empty(x.shape, dtype=gate.wide, device=x.device)
+    needed = weight is not None or (training and gathered is None)
+    sums = _walk(grad, x, gate, dx, of_statistics=needed)
+    total = sums.finished(gate, rstd) if gathered is None else gathered.sum(0)
+    if training:
+        _through_statistics(dx, x, mask, gate, rstd, inverse, total)
+    return dx.to(x.dtype), total

@@ -1,8 +1,10 @@
 """The sparse embedding update, in place: sum the gradients of equal ids, decay each present row by λ/n_j, step (SGD).
 
-Two races. ``update``: ids and per-occurrence gradients are given. ``lookup+update``: a lookup, its backward and the step,
+Three races. ``update``: ids and per-occurrence gradients are given. ``lookup+update``: a lookup, its backward and the step,
 so that libraries which hide the update in their backward (FBGEMM; it has no mini-batch-aware decay, so λ = 0 there) can
-take part. ``fused, sorted before`` finds the sort of the ids done, as a data loader's worker would leave it.
+take part. ``lookup+decayed update``: the same with the decay, beside what the step costs *without* any (such a contestant
+computes something else; the decay is added to its result before that is checked). ``fused, sorted before`` finds the sort
+of the ids done, as a data loader's worker would leave it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def cases(options: Options) -> list[Case]:
     shapes = list((SPARSE if options.device.type == "cuda" else SPARSE_CPU).values())
     if options.smoke:
         shapes = [SparseWorkload("smoke", 40, 30, 4)]
-    return [Case(w, m) for w in shapes for m in ("update", "lookup+update")]
+    return [Case(w, m) for w in shapes for m in ("update", "lookup+update", "lookup+decayed update")]
 
 
 def delta_expected(before: Tensor, after: Tensor, base: Tolerance) -> Expected:
@@ -64,7 +66,7 @@ def delta_expected(before: Tensor, after: Tensor, base: Tolerance) -> Expected:
 def test_sparse_update(arena: Arena, benchmark: Any, case: Case) -> None:
     workload, device = case.workload, arena.device
     update_only = case.measure == "update"
-    reg_lambda = LAMBDA if update_only else 0.0
+    reg_lambda = 0.0 if case.measure == "lookup+update" else LAMBDA
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(workload.table, workload.dim, generator=generator, device=device) * 0.1
     counts = torch.randint(1, 100, (workload.table,), generator=generator, device=device)
@@ -79,17 +81,24 @@ def test_sparse_update(arena: Arena, benchmark: Any, case: Case) -> None:
     first = inputs[0]
 
     exact = weight.double()
-    gradient = torch.zeros_like(exact).index_add_(0, first.ids, first.grad.double())
-    rows = first.ids.unique()
+    rows, place = first.ids.unique(return_inverse=True)
+    gradient = torch.zeros(len(rows), workload.dim, dtype=torch.float64, device=device)
+    gradient.index_add_(0, place, first.grad.double())
     decay = reg_lambda / counts[rows].double().unsqueeze(1) * exact[rows]
+    most = int(place.bincount().max())
     after = exact.clone()
-    after[rows] -= LR * (gradient[rows] + decay)
-    most = int(first.ids.bincount().max())
+    after[rows] -= LR * (gradient + decay)
     expected = {"result": delta_expected(weight, after, tolerance(torch.float32, length=most, stages=2))}
-    del exact, gradient, after
+    shrinkage = (LR * decay).float()
+    del exact, gradient, decay, after
 
     def named(result: Tensor, _: UpdateInputs) -> dict[str, Tensor]:
         return {"result": result.detach() - weight}
+
+    def undecayed(result: Tensor, _: UpdateInputs) -> dict[str, Tensor]:
+        delta = result.detach() - weight
+        delta[rows] -= shrinkage
+        return {"result": delta}
 
     def fused(with_plan: bool) -> Callable[[UpdateInputs], Tensor]:
         table = weight.clone()
@@ -102,11 +111,11 @@ def test_sparse_update(arena: Arena, benchmark: Any, case: Case) -> None:
 
         return call
 
-    def fused_lookup() -> Callable[[UpdateInputs], Tensor]:
+    def fused_lookup(decay: float) -> Callable[[UpdateInputs], Tensor]:
         from din_kernels.optim import SparseSGD
 
         module = MBAEmbedding(workload.table, workload.dim, counts, _weight=weight.clone())
-        optimizer = SparseSGD(module.parameters(), lr=LR)
+        optimizer = SparseSGD(module.parameters(), lr=LR, regularizer="mba" if decay else None, reg_lambda=decay)
 
         def call(i: UpdateInputs) -> Tensor:
             module(i.ids).backward(i.grad)
@@ -116,16 +125,16 @@ def test_sparse_update(arena: Arena, benchmark: Any, case: Case) -> None:
 
         return call
 
-    def autograd(sparse: bool) -> Callable[[UpdateInputs], Tensor]:
+    def autograd(sparse: bool, decay: float = reg_lambda) -> Callable[[UpdateInputs], Tensor]:
         """nn.Embedding and torch.optim.SGD; the penalty λ/2 Σ ‖w_j‖²/n_j over the present rows goes through autograd."""
         module = nn.Embedding(workload.table, workload.dim, sparse=sparse, _weight=weight.clone())
         optimizer = torch.optim.SGD(module.parameters(), lr=LR)
 
         def call(i: UpdateInputs) -> Tensor:
             loss = (module(i.ids) * i.grad).sum()
-            if reg_lambda:
+            if decay:
                 present = i.ids.unique()
-                loss = loss + reg_lambda / 2 * (module(present).square().sum(1) / counts[present]).sum()
+                loss = loss + decay / 2 * (module(present).square().sum(1) / counts[present]).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -163,9 +172,17 @@ def test_sparse_update(arena: Arena, benchmark: Any, case: Case) -> None:
             Contestant("sparse gradient, penalty by autograd", lambda: autograd(True), named),
             Contestant("dense gradient, penalty by autograd", lambda: autograd(False), named),
         ]
+    elif reg_lambda:
+        contestants = [
+            Contestant(FIRST, lambda: fused_lookup(LAMBDA), named),
+            Contestant("fused, no decay", lambda: fused_lookup(0.0), undecayed),
+            Contestant("sparse gradient, no decay", lambda: autograd(True, 0.0), undecayed),
+            Contestant("sparse gradient, penalty by autograd", lambda: autograd(True), named),
+            Contestant("dense gradient, penalty by autograd", lambda: autograd(False), named),
+        ]
     else:
         contestants = [
-            Contestant(FIRST, fused_lookup, named),
+            Contestant(FIRST, lambda: fused_lookup(0.0), named),
             Contestant("sparse gradient", lambda: autograd(True), named),
             Contestant("dense gradient", lambda: autograd(False), named),
             Contestant("fbgemm", fbgemm, named),

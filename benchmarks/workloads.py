@@ -138,7 +138,13 @@ SPARSE = {
 
 
 DICE_CPU = {w.name: w for w in (DiceWorkload("cpu-8192x256", 8192, 256), DiceWorkload("cpu-4096x200", 4096, 200))}
-SPARSE_CPU = {w.name: w for w in (SparseWorkload("cpu-51200-of-2e5x64", 51_200, 200_000, 64),)}
+SPARSE_CPU = {
+    w.name: w
+    for w in (
+        SparseWorkload("cpu-51200-of-2e5x64", 51_200, 200_000, 64),
+        SparseWorkload("cpu-200000-of-1e6x64", 200_000, 1_000_000, 64),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,6 +205,15 @@ class MBAEmbedding(nn.Embedding):
         state["_plan"] = None
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy or an unpickled module owns its table from the start: an optimizer may be built before its first forward."""
+        super().__setstate__(state)
+        registry.set_owner(self.weight, self)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        registry.set_owner(self.weight, self)  # with assign=True the table is another Parameter
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, count={self.count!r}, counting={self.counting}"
 

@@ -264,6 +264,26 @@ def test_mba_needs_counts():
         SparseSGD(nn.Linear(3, 3).parameters(), lr=0.1)  # its bias is no table
 
 
+@pytest.mark.parametrize("how", ["from_embedding", "deepcopy", "pickle", "assigned"])
+def test_optimizers_may_be_built_before_the_first_forward(how):
+    """However a module came by its table, an optimizer finds its counts."""
+    layer = table(occurrences=torch.full((30,), 4))
+    made = {
+        "from_embedding": lambda: MBAEmbedding.from_embedding(nn.Embedding(30, 5), torch.full((30,), 4)),
+        "deepcopy": lambda: copy.deepcopy(layer),
+        "pickle": lambda: pickle.loads(pickle.dumps(layer)),
+        "assigned": lambda: copy.deepcopy(layer),
+    }[how]()
+    if how == "assigned":
+        made.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
+    before = made.weight.detach().clone()
+    optimizer = SparseSGD(made.parameters(), lr=0.5, regularizer="mba", reg_lambda=0.8)
+    (made(torch.tensor([3])) * 0).sum().backward()
+    optimizer.step()
+    before[3] *= 1 - 0.5 * 0.8 / 4
+    torch.testing.assert_close(made.weight.detach(), before)
+
+
 # -- update in backward ----------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ class Lists(NamedTuple):
 
     def shape_pooled(self, pooled: Tensor) -> Tensor:
         """[B, D], or [B, C, D]."""
-        return pooled.view(self.pooled_shape)
+        # Returned as it is where it has the shape: FSDP warns of modules that return views.
+        return pooled if pooled.shape == self.pooled_shape else pooled.view(self.pooled_shape)
 
     def shape_weights(self, weights: Tensor) -> Tensor:
         """[B, T] ([B, C, T]) for padded keys, [N] ([N, C]) for jagged ones, a nested tensor for nested ones."""

@@ -67,6 +67,13 @@ def test_shift(options, rows, backend, dtype, device, poison_scratch):
     check(*shifted_case(rows, dtype=dtype, device=device, **options), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_shift_in_16_bits(backend, dtype, device, poison_scratch):
+    """x + shift is formed in float32, not rounded: a shift of ±3 beside values of 1 would cost two bits."""
+    check(*shifted_case(300, dtype=dtype, device=device), backend)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("rows", [40, 1300])
 def test_shift_where_running_statistics_serve(rows, backend, device):

@@ -14,6 +14,8 @@ from din_kernels.ops.dice import triton_impl
 from tests.support.memory_monitor import OutOfBounds, Race, memory_monitor
 
 from ._cases import make_case
+from .test_linear import check as check_shift
+from .test_linear import shifted_case
 from .test_statistics import delicate, found_moments
 
 pytest.importorskip("triton")
@@ -73,6 +75,27 @@ def test_wrong_numbers(broken, monkeypatch, old, new, where):
     monkeypatch.setattr(triton_impl, "BLOCK_P_ELEMENTS", 16)  # parts are read two at a time
     with pytest.raises(AssertionError, match=f"^({where}):"):
         run_both()
+
+
+WRONG_SHIFTS = [
+    ("used_mean = tl.where(enough, used_mean, -moved)", "used_mean = used_mean", {"one_row": True}, "y"),
+    ("value += moved[None, :]", "value = value", {}, "y"),
+    ("mean -= _vector(shift, cols, C)", "mean += _vector(shift, cols, C)", {"training": False}, "y"),
+    ("opened += g * (slope[None, :] + rest[None, :] * p)", "opened += g * p", {}, "dshift"),
+    ("tl.where(inverse == 0, scale * sum_dz, 0.0)", "scale * sum_dz", {}, "dshift"),
+    ("tl.where(inverse == 0, scale * sum_dz, 0.0)", "0.0", {"training": False}, "dshift"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "options", "where"), WRONG_SHIFTS, ids=range(len(WRONG_SHIFTS)))
+def test_wrong_shifts(broken, old, new, options, where):
+    """The branches for a shift, which the cases above do not enter."""
+    broken(old, new)
+    case, shift = shifted_case(40, training=options.get("training", True))
+    if "one_row" in options:
+        case.mask = torch.arange(40) == 20
+    with pytest.raises(AssertionError, match=f"^({where}):"):
+        check_shift(case, shift, "triton")
 
 
 def test_wrong_number_of_rows(broken):

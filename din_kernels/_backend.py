@@ -26,10 +26,12 @@ class BackendUnavailable(RuntimeError):
     """An explicitly requested backend cannot run here; the message says what is missing."""
 
 
-@functools.cache
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None  # at import: torch.compile warns of cached functions
+
+
 def has_triton() -> bool:
     """Whether the ``triton`` package is installed (it is not imported to find out)."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_FOUND
 
 
 def interpreting() -> bool:

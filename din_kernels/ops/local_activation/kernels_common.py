@@ -5,9 +5,10 @@ blocks of the layer below. Hidden activations of the tile rest between layers in
 (it stays in the L2 cache), not in registers: so no width makes a kernel spill, and one kernel serves every width up
 to 256. The price is a trip through the cache and a barrier per layer, which the kernels for common shapes do not pay.
 
-Layout of ``params`` (fp32, one flat vector): per hidden layer VECTORS vectors of its width: bias; alpha (PReLU,
+Layout of ``param`` (fp32, one flat vector): per hidden layer VECTORS vectors of its width: bias; alpha (PReLU,
 Dice); mean and rstd (Dice); after the last layer the output layer's weight, then its bias. The first layer's bias
-slot is unused: its bias is part of ``offset``.
+slot is unused: its bias is part of ``offset``. (No argument of a kernel may be called ``params``: the launcher of
+Triton has a variable of that name, and takes it for the argument.)
 """
 
 import triton
@@ -119,29 +120,29 @@ def upper_layer(
 
 
 @triton.jit
-def load_vector(params, n, KIND: tl.constexpr, H: tl.constexpr):
+def load_vector(param, n, KIND: tl.constexpr, H: tl.constexpr):
     """Row vector [1, B] of a layer's parameters: KIND 0 bias, 1 alpha, 2 mean, 3 rstd."""
-    return tl.load(params + KIND * H + n, mask=n < H, other=0.0)[None, :]
+    return tl.load(param + KIND * H + n, mask=n < H, other=0.0)[None, :]
 
 
 @triton.jit
-def activate(z, params, n, H: tl.constexpr, ACT: tl.constexpr):
+def activate(z, param, n, H: tl.constexpr, ACT: tl.constexpr):
     """φ(z). Comparisons are written so that NaN stays NaN."""
     if ACT == SIGMOID:
         return tl.sigmoid(z)
     elif ACT == RELU:
         return tl.where(z <= 0, 0.0, z)
     elif ACT == PRELU:
-        return tl.where(z <= 0, z * load_vector(params, n, 1, H), z)
+        return tl.where(z <= 0, z * load_vector(param, n, 1, H), z)
     else:
-        alpha = load_vector(params, n, 1, H)
-        p = tl.sigmoid((z - load_vector(params, n, 2, H)) * load_vector(params, n, 3, H))
+        alpha = load_vector(param, n, 1, H)
+        p = tl.sigmoid((z - load_vector(param, n, 2, H)) * load_vector(param, n, 3, H))
         return z * (p + alpha * (1 - p))
 
 
 @triton.jit
 def layer(
-    LAYER: tl.constexpr, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params,
+    LAYER: tl.constexpr, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, param,
     hidden, n, origin, D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr,
     BD: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     VECTORS: tl.constexpr, OUTER: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,17 +154,17 @@ def layer(
         return first_layer(keys, rows, live, key_stride, query, offset, first, product, n, origin,
                            D, H1, BD, OUTER, PRECISION)  # fmt: skip
     elif LAYER == 1:
-        return upper_layer(hidden, weight2, params + VECTORS * H1, t, n, origin, H2, H1, B1, PRECISION)
+        return upper_layer(hidden, weight2, param + VECTORS * H1, t, n, origin, H2, H1, B1, PRECISION)
     else:
         PAD1: tl.constexpr = (H1 + B1 - 1) // B1 * B1
         return upper_layer(
-            hidden + T * PAD1, weight3, params + VECTORS * (H1 + H2), t, n, origin, H3, H2, B2, PRECISION
+            hidden + T * PAD1, weight3, param + VECTORS * (H1 + H2), t, n, origin, H3, H2, B2, PRECISION
         )
 
 
 @triton.jit
 def layers_below(
-    TOP: tl.constexpr, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params,
+    TOP: tl.constexpr, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, param,
     hidden, inputs, zero,
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr,
     BD: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
@@ -178,12 +179,12 @@ def layers_below(
         t = origin + tl.arange(0, T)
         for n0 in range(0, H1, B1):
             n = n0 + origin + tl.arange(0, B1)
-            z = layer(0, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params,
+            z = layer(0, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, param,
                       hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
             at = t[:, None] * PAD1 + n[None, :]
             if KEEP_INPUTS:
                 tl.store(inputs + at, z)
-            tl.store(hidden + at, activate(z, params, n, H1, ACT).to(hidden.dtype.element_ty))
+            tl.store(hidden + at, activate(z, param, n, H1, ACT).to(hidden.dtype.element_ty))
         tl.debug_barrier()
     if TOP > 1:
         PAD2: tl.constexpr = (H2 + B2 - 1) // B2 * B2
@@ -191,10 +192,10 @@ def layers_below(
         t = origin + tl.arange(0, T)
         for n0 in range(0, H2, B2):
             n = n0 + origin + tl.arange(0, B2)
-            z = layer(1, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, params,
+            z = layer(1, keys, rows, live, key_stride, query, offset, first, product, weight2, weight3, param,
                       hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
             at = T * PAD1 + t[:, None] * PAD2 + n[None, :]
             if KEEP_INPUTS:
                 tl.store(inputs + at, z)
-            tl.store(hidden + at, activate(z, params + VECTORS * H1, n, H2, ACT).to(hidden.dtype.element_ty))
+            tl.store(hidden + at, activate(z, param + VECTORS * H1, n, H2, ACT).to(hidden.dtype.element_ty))
         tl.debug_barrier()

@@ -8,7 +8,7 @@ activations never leave the registers. What an item costs besides its rows is th
 Widths are held as two blocks (``packed.split``): names end in ``_a`` and ``_r``, those of matrices in the block of the
 input, then that of the output. Rows are numbered from the chunk's first, in 32 bits, and so are mask, keys and weights.
 
-``params`` is laid out as in kernels_common.py. For sigmoid, what makes z is multiplied by −log₂e (``scale_of``).
+``param`` is laid out as in kernels_common.py. For sigmoid, what makes z is multiplied by −log₂e (``scale_of``).
 """
 
 import triton
@@ -56,21 +56,21 @@ def load_second_matrix(weight, n, m, H1: tl.constexpr, H2: tl.constexpr, ACT: tl
 
 
 @triton.jit
-def load_parameter(params, n, KIND: tl.constexpr, H: tl.constexpr):
+def load_parameter(param, n, KIND: tl.constexpr, H: tl.constexpr):
     """[n] of a layer's parameters: KIND 0 bias, 1 alpha, 2 mean, 3 rstd."""
-    return tl.load(params + KIND * H + n, mask=n < H, other=0.0)
+    return tl.load(param + KIND * H + n, mask=n < H, other=0.0)
 
 
 @triton.jit
-def load_gate(params, n, H: tl.constexpr, ACT: tl.constexpr):
+def load_gate(param, n, H: tl.constexpr, ACT: tl.constexpr):
     """(α, slope, shift) of a layer, as ``kernels_packed_common.activate`` takes them; those that φ has not are 0."""
     alpha = tl.zeros([n.shape[0]], tl.float32)
     slope, shift = alpha, alpha
     if (ACT == PRELU) or (ACT == DICE):
-        alpha = load_parameter(params, n, 1, H)
+        alpha = load_parameter(param, n, 1, H)
     if ACT == DICE:
-        slope = load_parameter(params, n, 3, H) * -LOG2_E
-        shift = load_parameter(params, n, 2, H) * -slope
+        slope = load_parameter(param, n, 3, H) * -LOG2_E
+        shift = load_parameter(param, n, 2, H) * -slope
     return alpha, slope, shift
 
 

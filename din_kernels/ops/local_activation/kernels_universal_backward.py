@@ -46,11 +46,11 @@ def add_or_start(pointer, value, inside, started):
 
 @triton.jit
 def through_activation(
-    LAYER: tl.constexpr, GATHER: tl.constexpr, dh, z, live, started, t, n, params, sums, private, offset_slot, dz_tile,
+    LAYER: tl.constexpr, GATHER: tl.constexpr, dh, z, live, started, t, n, param, sums, private, offset_slot, dz_tile,
     H: tl.constexpr, B: tl.constexpr, ABOVE: tl.constexpr, ACT: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """From dh to dz [T, B] of layer LAYER for columns ``n``: into ``dz_tile``, with its sums over rows. With GATHER
-    = LAYER only Dice's sums Σ dx̂ and Σ dx̂·x̂ are taken. ``params``, ``sums``: of this layer; ABOVE: widths of the layers
+    = LAYER only Dice's sums Σ dx̂ and Σ dx̂·x̂ are taken. ``param``, ``sums``: of this layer; ABOVE: widths of the layers
     before."""
     inside = n < H
     if ACT == SIGMOID:
@@ -59,13 +59,13 @@ def through_activation(
     elif ACT == RELU:
         dz = tl.where(z <= 0, 0.0, dh)
     elif ACT == PRELU:
-        dz = tl.where(z <= 0, dh * load_vector(params, n, 1, H), dh)
+        dz = tl.where(z <= 0, dh * load_vector(param, n, 1, H), dh)
         if GATHER < 0:
             add_to(private + 2 * ABOVE + H + n, tl.sum(tl.where(z <= 0, dh * z, 0.0), axis=0), inside)
     else:
-        alpha = load_vector(params, n, 1, H)
-        rstd = load_vector(params, n, 3, H)
-        x = (z - load_vector(params, n, 2, H)) * rstd
+        alpha = load_vector(param, n, 1, H)
+        rstd = load_vector(param, n, 3, H)
+        x = (z - load_vector(param, n, 2, H)) * rstd
         p = tl.sigmoid(x)
         dx = dh * z * (1 - alpha) * p * (1 - p)
         if GATHER == LAYER:
@@ -179,7 +179,7 @@ def first_layer_gradients(
 @triton.jit(do_not_specialize=["item_rows", "num_lists", "candidates", "num_rows", "groups", "weight_row",
                                "weight_candidate", "weight_list"])  # fmt: skip
 def backward_items(
-    keys, query, offset, first, product, weight2, weight3, params,
+    keys, query, offset, first, product, weight2, weight3, param,
     starts, ends, row_mask, chunk_offsets, chunk_list,
     grad_pooled, grad_weights, log_normaliser, delta, sums,
     private, offset_slots, first_slots, grad_keys, inputs_scratch, hidden_scratch, keys_scratch,
@@ -244,19 +244,19 @@ def backward_items(
                 grad_q = grad_pooled + q * D
 
                 layers_below(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2,
-                             weight3, params, hidden, inputs, chunk_offsets,
+                             weight3, param, hidden, inputs, chunk_offsets,
                              D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER, PRECISION, True)  # fmt: skip
                 origin = fresh_origin(chunk_offsets)
                 t = origin + lane
-                score = tl.zeros([T], tl.float32) + tl.load(params + OUT_PARAMS + TOP_H)
+                score = tl.zeros([T], tl.float32) + tl.load(param + OUT_PARAMS + TOP_H)
                 for n0 in range(0, TOP_H, TOP_B):
                     n = n0 + origin + tl.arange(0, TOP_B)
                     z = layer(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2,
-                              weight3, params, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER,
+                              weight3, param, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER,
                               PRECISION)  # fmt: skip
                     tl.store(inputs + TOP_AT + t[:, None] * TOP_PAD + n[None, :], z)
-                    w = tl.load(params + OUT_PARAMS + n, mask=n < TOP_H, other=0.0)
-                    score += tl.sum(activate(z, params + VECTORS * BELOW_TOP, n, TOP_H, ACT) * w[None, :], axis=1)
+                    w = tl.load(param + OUT_PARAMS + n, mask=n < TOP_H, other=0.0)
+                    score += tl.sum(activate(z, param + VECTORS * BELOW_TOP, n, TOP_H, ACT) * w[None, :], axis=1)
 
                 origin = fresh_origin(chunk_offsets)
                 ds = tl.zeros([T], tl.float32)  # ∂L/∂a first
@@ -283,12 +283,12 @@ def backward_items(
                 for n0 in range(0, TOP_H, TOP_B):
                     n = n0 + origin + tl.arange(0, TOP_B)
                     z = tl.load(inputs + TOP_AT + t[:, None] * TOP_PAD + n[None, :])
-                    w = tl.load(params + OUT_PARAMS + n, mask=n < TOP_H, other=0.0)
+                    w = tl.load(param + OUT_PARAMS + n, mask=n < TOP_H, other=0.0)
                     if GATHER < 0:
-                        h = activate(z, params + VECTORS * BELOW_TOP, n, TOP_H, ACT)
+                        h = activate(z, param + VECTORS * BELOW_TOP, n, TOP_H, ACT)
                         add_to(private + OUT + n, tl.sum(ds[:, None] * h, axis=0), n < TOP_H)
                     through_activation(DEPTH - 1, GATHER, ds[:, None] * w[None, :], z, live, started, t, n,
-                                       params + VECTORS * BELOW_TOP, sums + 2 * BELOW_TOP, private, offset_slot,
+                                       param + VECTORS * BELOW_TOP, sums + 2 * BELOW_TOP, private, offset_slot,
                                        dz_tiles + TOP_AT, TOP_H, TOP_B, BELOW_TOP, ACT, BATCH_STATISTICS)  # fmt: skip
                 tl.debug_barrier()
                 if (DEPTH > 2) and (GATHER < 2):
@@ -303,7 +303,7 @@ def backward_items(
                         n = n0 + origin + tl.arange(0, B2)
                         dh = through_weight(dz_tiles + TOP_AT, weight3, n, origin, T, H3, B3, H2, PRECISION)
                         z = tl.load(inputs + T * PAD1 + t[:, None] * PAD2 + n[None, :])
-                        through_activation(1, GATHER, dh, z, live, started, t, n, params + VECTORS * H1, sums + 2 * H1,
+                        through_activation(1, GATHER, dh, z, live, started, t, n, param + VECTORS * H1, sums + 2 * H1,
                                            private, offset_slot, dz_tiles + T * PAD1, H2, B2, H1, ACT,
                                            BATCH_STATISTICS)  # fmt: skip
                     tl.debug_barrier()
@@ -318,7 +318,7 @@ def backward_items(
                         n = n0 + origin + tl.arange(0, B1)
                         dh = through_weight(dz2, weight2, n, origin, T, H2, B2, H1, PRECISION)
                         z = tl.load(inputs + t[:, None] * PAD1 + n[None, :])
-                        through_activation(0, GATHER, dh, z, live, started, t, n, params, sums, private, offset_slot,
+                        through_activation(0, GATHER, dh, z, live, started, t, n, param, sums, private, offset_slot,
                                            dz_tiles, H1, B1, 0, ACT, BATCH_STATISTICS)  # fmt: skip
                     tl.debug_barrier()
                 if GATHER < 0:

@@ -16,7 +16,7 @@ def log_of_sum(top, denominator):
 
 @triton.jit(do_not_specialize=["item_rows", "num_lists", "candidates", "weight_row", "weight_candidate", "weight_list"])
 def forward_items(
-    keys, query, offset, first, product, weight2, weight3, params,
+    keys, query, offset, first, product, weight2, weight3, param,
     starts, ends, row_mask, chunk_offsets, chunk_list,
     pooled, log_normaliser, partial, partial_softmax, attention, scratch,
     item_rows, key_stride, num_lists, candidates, scale, weight_row, weight_candidate, weight_list,
@@ -61,17 +61,17 @@ def forward_items(
             if HAS_MASK:
                 live = live & (tl.load(row_mask + rows, mask=live, other=0) != 0)
             layers_below(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2, weight3,
-                         params, hidden, hidden, chunk_offsets, D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER,
+                         param, hidden, hidden, chunk_offsets, D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER,
                          PRECISION, False)  # fmt: skip
             origin = fresh_origin(chunk_offsets)
-            score = tl.zeros([T], tl.float32) + tl.load(params + OUT + TOP_H)
+            score = tl.zeros([T], tl.float32) + tl.load(param + OUT + TOP_H)
             for n0 in range(0, TOP_H, TOP_B):
                 n = n0 + origin + tl.arange(0, TOP_B)
                 z = layer(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2,
-                          weight3, params, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER,
+                          weight3, param, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER,
                           PRECISION)  # fmt: skip
-                w = tl.load(params + OUT + n, mask=n < TOP_H, other=0.0)
-                score += tl.sum(activate(z, params + TOP_PARAMS, n, TOP_H, ACT) * w[None, :], axis=1)
+                w = tl.load(param + OUT + n, mask=n < TOP_H, other=0.0)
+                score += tl.sum(activate(z, param + TOP_PARAMS, n, TOP_H, ACT) * w[None, :], axis=1)
             if SOFTMAX:
                 score = score * scale
             if HAS_ATTENTION:
@@ -174,7 +174,7 @@ def normalise_weights(
 
 @triton.jit(do_not_specialize=["item_rows", "num_lists", "candidates"])
 def statistics_items(
-    keys, query, offset, first, product, weight2, weight3, params,
+    keys, query, offset, first, product, weight2, weight3, param,
     starts, ends, row_mask, chunk_offsets, chunk_list,
     counts, means, m2s, scratch,
     item_rows, key_stride, num_lists, candidates,
@@ -225,13 +225,13 @@ def statistics_items(
             share = here.to(tl.float32) / tl.maximum(total, 1).to(tl.float32)
             cross = count.to(tl.float32) * share
             layers_below(LAYER, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2, weight3,
-                         params, hidden, hidden, chunk_offsets, D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER,
+                         param, hidden, hidden, chunk_offsets, D, H1, H2, H3, BD, B1, B2, VECTORS, ACT, OUTER,
                          PRECISION, False)  # fmt: skip
             origin = fresh_origin(chunk_offsets)
             for n0 in range(0, H, B):
                 n = n0 + origin + tl.arange(0, B)
                 z = layer(LAYER, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2, weight3,
-                          params, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
+                          param, hidden, n, origin, D, H1, H2, H3, BD, B1, B2, VECTORS, OUTER, PRECISION)  # fmt: skip
                 mean = tl.sum(tl.where(live[:, None], z, 0.0), axis=0) / size
                 deviation = tl.where(live[:, None], z - mean[None, :], 0.0)
                 m2 = tl.sum(deviation * deviation, axis=0)

@@ -187,7 +187,7 @@ class Prepared:
             "first": first.contiguous(),
             "product": self.first.offset if self.first.product is None else self.first.product.contiguous(),
             "weight2": upper[0] if upper else self.params, "weight3": upper[1] if len(upper) > 1 else self.params,
-            "params": self.params, **self.item_operands(),
+            "param": self.params, **self.item_operands(),
             "key_stride": tensors.keys.stride(0) if gathered is None else gathered.strides(),
         }  # fmt: skip
 

@@ -198,20 +198,32 @@ def device_section(path: Path, *, full: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def static_section(path: Path = STATIC_RECORD) -> str:
-    """What the machine code of all shipped configurations says, kernel by kernel."""
+def static_section(path: Path = STATIC_RECORD, *, full: bool = False) -> str:
+    """What the machine code of all shipped configurations says: a row per family of kernels, or, ``full``, per kernel with
+    its instructions."""
     content = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     if not content["cases"]:
         return "Not yet recorded."
     groups: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for name, entry in content["cases"].items():
         parts = name.split("/")
+        kernel = re.sub(r"-(80|90)$", "", "/".join(parts[:-1]) if len(parts) > 2 else name)
+        if not full:
+            kernel = "/".join(kernel.split("/")[: 2 if parts[0] == "local_activation" else 1])
         for target in ("sm_80", "sm_90"):
             if target in entry and "error" not in entry[target]:
-                kernel = re.sub(r"-(80|90)$", "", "/".join(parts[:-1]) if len(parts) > 2 else name)
                 groups.setdefault((kernel, target), []).append((entry.get("case", {}), entry[target]))
     rows = [
-        ["kernel", "chip", "configurations", "registers", "bytes spilled", "shared memory", "occupancy", "instructions"]
+        [
+            "kernels",
+            "chip",
+            "configurations",
+            "registers",
+            "bytes spilled",
+            "shared memory",
+            "occupancy",
+            "instructions",
+        ]
     ]
     for (kernel, target), found in sorted(groups.items()):
         figures = [f for _, f in found]
@@ -224,7 +236,7 @@ def static_section(path: Path = STATIC_RECORD) -> str:
             f"{_range(counts)} a {unit}" if counts else "–",
         ])  # fmt: skip
     head = f"Compiled ahead of time by Triton {content['triton']}, without a GPU; ranges over configurations."
-    return f"{head}\n\n{markdown(rows)}"
+    return f"{head}\n\n{markdown(rows if full else [row[:-1] for row in rows])}"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -287,6 +299,13 @@ def full_tables(results: Path = RESULTS) -> dict[Path, str]:
             note = "Written by `python -m benchmarks.report` from the JSON beside it."
             body = device_section(results / f"{name}.json", full=True)
             made[results / f"{name}.md"] = f"# Benchmarks on a {title}\n\n{note}\n\n{body}\n"
+    budget = results / STATIC_RECORD.name
+    if budget.exists():
+        note = (
+            "Written by `python -m benchmarks.report` from the JSON beside it. Instructions are those of a kernel's main loop, "
+            "each counted once: a loop inside it runs as often as its trip count says."
+        )
+        made[budget.with_suffix(".md")] = f"# Machine code\n\n{note}\n\n{static_section(budget, full=True)}\n"
     return made
 
 

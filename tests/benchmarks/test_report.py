@@ -103,7 +103,10 @@ def test_static_section_is_arithmetic(tmp_path: Path) -> None:
     }
     path = tmp_path / "static_budget.json"
     path.write_text(json.dumps({"triton": "3.9.0", "cases": cases}))
-    assert "| op/kernel | sm_90 | 2 | 100–128 | 8 | 2 KiB | 50 % | 30–41.5 a row |" in report.static_section(path)
+    row = "| op/kernel | sm_90 | 2 | 100–128 | 8 | 2 KiB | 50 % | 30–41.5 a row |"
+    assert row in report.static_section(path, full=True)
+    assert row in report.full_tables(tmp_path)[path.with_suffix(".md")]
+    assert "| op | sm_90 | 2 | 100–128 | 8 | 2 KiB | 50 % |" in report.static_section(path)
 
 
 def test_check_notices_an_edited_readme(results: Path, tmp_path: Path) -> None:

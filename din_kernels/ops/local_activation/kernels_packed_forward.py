@@ -262,8 +262,8 @@ def finish_packed(
                     carry, carry_softmax, 2 * (its_tile + 1 + FEW + lane), 1 + FEW + lane <= its_more, d, D, SOFTMAX
                 )
                 for i0 in range(1 + FEW + LISTS, its_more + 1, LISTS):
-                    i = i0 + lane
-                    found = _load_carry(carry, carry_softmax, 2 * (its_tile + i), i <= its_more, d, D, SOFTMAX)
+                    at = i0 + lane
+                    found = _load_carry(carry, carry_softmax, 2 * (its_tile + at), at <= its_more, d, D, SOFTMAX)
                     tops, denominators, totals = _merge(
                         tops, denominators, totals, found[0], found[1], found[2], SOFTMAX
                     )

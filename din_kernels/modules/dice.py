@@ -72,8 +72,8 @@ class Dice(nn.Module):
             self.alpha,
             self.running_mean,
             self.running_var,
-            weight=self.weight,
-            bias=self.bias,
+            weight=self.weight if self.affine else None,  # attributes that are parameters are slow to look up
+            bias=self.bias if self.affine else None,
             shift=shift,
             mask=mask,
             num_batches_tracked=self.num_batches_tracked,

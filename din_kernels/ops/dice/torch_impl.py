@@ -161,6 +161,13 @@ def _batch_normaliser(
 # ---- forward and backward of rows -----------------------------------------------------------------------------------
 
 
+_ONES = {dtype: torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def _one(like: Tensor) -> Tensor:
+    return _ONES[like.dtype] if like.device.type == "cpu" else like.new_ones(())
+
+
 class _Gate:
     """p = σ(x̂·weight + bias) with x̂ = (x − mean)·rstd, and the gate α + (1 − α)·p that x goes through.
 
@@ -174,7 +181,6 @@ class _Gate:
     ) -> None:
         self.wide = wide_dtype(x.dtype)
         self.alpha = alpha if alpha.dtype == self.wide else alpha.to(self.wide)
-        self.slope = torch.rsub(self.alpha, 1)
         self.rate = rstd if weight is None else rstd * weight.to(self.wide)
         self.base: Tensor | None = mean
         self.rest: Tensor | None = None
@@ -199,7 +205,7 @@ class _Gate:
 
     def gate(self, p: Tensor) -> Tensor:
         """α + (1 − α)·p, in the memory of p."""
-        return torch.addcmul(self.alpha, p, self.slope, out=p)
+        return torch.lerp(self.alpha, _one(self.alpha), p, out=p)
 
 
 def _apply(x: Tensor, gate: _Gate, *, in_place: bool = False) -> Tensor:
@@ -238,9 +244,10 @@ class _Sums:
             zero = torch.zeros_like(found[0])
             return torch.stack((zero, zero, found[0]))
         closed, direct, slanted = found
+        slope = torch.rsub(gate.alpha, 1)
         if gate.rest is not None:
             slanted = torch.addcmul(slanted, gate.rest, direct, value=-1)
-        return torch.stack((direct * gate.slope, slanted.mul(rstd).mul_(gate.slope), closed))
+        return torch.stack((direct * slope, slanted.mul(rstd).mul_(slope), closed))
 
 
 def _walk(grad: Tensor, x: Tensor, gate: _Gate, dx: Tensor | None, *, of_statistics: bool) -> _Sums:
@@ -250,7 +257,7 @@ def _walk(grad: Tensor, x: Tensor, gate: _Gate, dx: Tensor | None, *, of_statist
     work = None
     if x.shape[0] > step:
         work = torch.empty((3, step, x.shape[1]), dtype=gate.wide, device=x.device)
-    inner, sums = gate.slope * gate.rate, _Sums()
+    inner, sums = torch.rsub(gate.alpha, 1).mul_(gate.rate), _Sums()
     for g, values, target in _chunks(step, grad, x, dx):
         first, second, third = (None, None, None) if work is None else work[:, : values.shape[0]].unbind(0)
         g, values = g.to(gate.wide), values.to(gate.wide)

@@ -117,3 +117,21 @@ def matmul_rows(x_ptr, w_ptr, out_ptr, rows, ROWS: tl.constexpr, D: tl.constexpr
         for _ in tl.static_range(EXTRA):
             y = tl.exp2(y) + 1.0
         tl.store(out_ptr + row[:, None] * H + tl.arange(0, H)[None, :], y, mask=row[:, None] < rows)
+
+
+@triton.jit
+def named_like_the_launchers_own(params, out_ptr, BLOCK: tl.constexpr):
+    """Triton's launcher overwrites its variable ``params`` before it looks at this argument."""
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, tl.load(params + offs))
+
+
+@triton.jit
+def changes_its_mind(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """The interpreter is Python, where a name may be a number first and a vector later; the compiler refuses."""
+    offs = tl.arange(0, BLOCK)
+    for i in range(0, n):
+        tl.store(out_ptr + offs, tl.load(x_ptr + offs + i))
+    for start in range(0, n, BLOCK):
+        i = start + offs
+        tl.store(out_ptr + i, tl.load(x_ptr + i), mask=i < n)

@@ -1,0 +1,238 @@
+"""Public calls as a GPU would see them, on a machine without one: everything happens but the launch itself.
+
+Inside ``gpu(...)`` tensors are torch's fake ones (shapes, dtypes, strides and offsets, no values) on a device "cuda", the
+operators run the implementations registered for it, and each kernel call goes through the front half of Triton's own
+launcher: it binds the arguments, chooses the specialisation (integers equal to 1, divisible by 16, wider than 32 bits,
+unaligned pointers), compiles for the target, and stops before the driver. So what is compiled is what the wrappers really
+pass. On the way show, as exceptions:
+
+* anything that would wait for the device or depend on values there: ``.item()``, ``bool(tensor)``, ``nonzero``, …
+* tensors left on the CPU, in torch's operations as in kernel arguments
+* options a version of Triton does not know, arguments it cannot pass, grids that CUDA refuses
+
+Autograd's engine does not work on such tensors, so ``Function.apply`` is taped here and ``Tape.backward`` replays it. Kernels
+must have been imported without ``TRITON_INTERPRET``: use it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MAX_GRID = (2**31 - 1, 65535, 65535)
+NAMESPACE = "din_kernels"
+
+
+@dataclasses.dataclass
+class Launch:
+    """One kernel call: its grid, what it was specialised to, and the compiled kernel (None where only bound)."""
+
+    name: str
+    grid: tuple[int, ...]
+    signature: dict[str, Any]  # argument -> type, "constexpr", or a tuple of them
+    options: dict[str, Any]
+    seconds: float
+    compiled: Any
+
+
+class Pointer:
+    """What Triton's launcher asks of a tensor. Memory of a fresh tensor is aligned; a view may not be."""
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        if tensor.device.type != "cuda":
+            raise ValueError(f"{name}: pointer argument cannot be accessed from Triton: it is on {tensor.device}")
+        self.dtype = tensor.dtype
+        self.address = 0 if tensor.numel() == 0 else (1 << 20) + tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _argument(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Pointer(value, name)
+    if isinstance(value, tuple):
+        return tuple(_argument(name, member) for member in value)
+    if value is not None and type(value) not in (int, float, bool, str):
+        raise TypeError(
+            f"{name}: {value!r} of {type(value)}: only plain numbers, strings and tensors are launched with"
+        )
+    return value
+
+
+class Driver:
+    """As much of Triton's driver as binding and compiling take."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def _at(tensor: Tensor, index: Any) -> Tensor:
+    """``tensor[index]`` without the device guard that it takes in C++, which a CPU build of torch does not have."""
+    dim = 0
+    for at in index if isinstance(index, tuple) else (index,):
+        if isinstance(at, int):
+            tensor = tensor.select(dim, at)
+            continue
+        if isinstance(at, slice):
+            tensor = torch.ops.aten.slice.Tensor(tensor, dim, at.start, at.stop, at.step or 1)
+        elif at is None:
+            tensor = tensor.unsqueeze(dim)
+        else:
+            raise NotImplementedError(f"index {at!r}")
+        dim += 1
+    return tensor
+
+
+def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """``tensor.contiguous()`` without that guard."""
+    if tensor.is_contiguous(memory_format=memory_format):
+        return tensor
+    return torch.ops.aten.clone.default(tensor, memory_format=memory_format)
+
+
+class Implementations(TorchDispatchMode):
+    """The library's operators run what is registered for CUDA, not the shape functions that fake tensors would choose."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == NAMESPACE:
+            for name in ("CUDA", "CompositeExplicitAutograd"):
+                key = getattr(torch._C.DispatchKey, name)
+                if func.has_kernel_for_dispatch_key(key):
+                    with self:  # an operator may call another
+                        return func._op_dk(key, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Context(SimpleNamespace):
+    """Stands in for autograd's ``ctx``."""
+
+    saved_tensors: tuple[Tensor | None, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
+    materialize: bool = True
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        self.hidden = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize = value
+
+
+class Tape:
+    """The launches, and the autograd Functions applied so far."""
+
+    def __init__(self, compile_kernels: bool) -> None:
+        self.compile_kernels = compile_kernels
+        self.launches: list[Launch] = []
+        self.functions: list[tuple[Any, _Context, tuple[Any, ...]]] = []
+
+    def apply(self, function: Any, *args: Any) -> Any:
+        context = _Context()
+        context.needs_input_grad = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
+        outputs = function.forward(context, *args)
+        self.functions.append((function, context, outputs if isinstance(outputs, tuple) else (outputs,)))
+        return outputs
+
+    def backward(self, gradient: Any = torch.ones_like) -> list[tuple[Any, ...]]:
+        """Run the backward of every Function, the last first, on ``gradient(output)`` of each differentiable output."""
+        found = []
+        for function, context, outputs in reversed(self.functions):
+            hidden = {id(t) for t in context.hidden}
+            gradients = [None if id(t) in hidden or t.numel() == 0 else gradient(t) for t in outputs]
+            found.append(function.backward(context, *gradients))
+        self.functions.clear()
+        return found
+
+    def launch(self, run: Any, kernel: Any, args: tuple, grid: Any, options: dict[str, Any]) -> Any:
+        names = kernel.arg_names
+        args = tuple(_argument(f"{kernel.__name__}.{name}", a) for name, a in zip(names, args, strict=False))
+        options = {name: _argument(f"{kernel.__name__}.{name}", a) for name, a in options.items()}
+        for size, most in zip(grid, MAX_GRID, strict=False):
+            if type(size) is not int or not 1 <= size <= most:
+                raise ValueError(f"{kernel.__name__}: CUDA refuses the grid {grid}")
+        seen: dict[str, Any] = {}
+
+        def hook(**event: Any) -> bool:
+            seen.update(event["compile"])
+            return not self.compile_kernels  # True: do not compile
+
+        from triton import knobs
+
+        started = time.perf_counter()
+        with mock.patch.object(knobs.runtime, "jit_cache_hook", hook):
+            compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        if seen or compiled is None:  # else bound like an earlier launch, whose kernel serves again
+            options = {name: value for name, value in options.items() if name not in names}
+            seconds = time.perf_counter() - started
+            self.launches.append(
+                Launch(kernel.__name__, tuple(grid), seen.get("signature", {}), options, seconds, compiled)
+            )
+        return compiled
+
+
+@contextlib.contextmanager
+def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = True) -> Iterator[Tape]:
+    """A GPU of ``capability`` (90: sm_90) with so many multiprocessors, up to the launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from din_kernels.ops.dice import triton_impl as dice_launches
+    from din_kernels.ops.local_activation import universal
+
+    tape, run = Tape(compile_kernels), JITFunction.run
+    properties = SimpleNamespace(multi_processor_count=processors)
+    device_facts = (universal.capability_of, universal._processors, dice_launches._processors)
+    before = driver._active
+    kernels: list[Any] = []
+
+    def intercepted(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if kernel not in kernels:
+            kernels.append(kernel)
+            kernel.device_caches.clear()  # compiled for another target
+        return tape.launch(run, kernel, args, grid, options)
+
+    with contextlib.ExitStack() as stack:
+        for cached in device_facts:
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
+        driver.set_active(Driver(GPUTarget("cuda", capability, 32)))  # type: ignore[arg-type]
+        stack.callback(setattr, driver, "_active", before)
+        for place, name, value in (
+            (torch.cuda, "device", lambda device: contextlib.nullcontext()),
+            (torch.cuda, "get_device_properties", lambda device: properties),
+            (torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
+            (Tensor, "__getitem__", _at),
+            (Tensor, "contiguous", _contiguous),
+            (torch, "is_grad_enabled", lambda: True),
+            (torch.autograd.Function, "apply", classmethod(tape.apply)),
+            (torch.autograd.graph, "increment_version", lambda tensors: None),
+            (JITFunction, "run", intercepted),
+        ):
+            stack.enter_context(mock.patch.object(place, name, value))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(Implementations())
+        yield tape

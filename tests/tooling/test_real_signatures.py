@@ -1,0 +1,86 @@
+"""What the public calls pass to the kernels compiles, as they pass it, and nothing on the way waits for the device.
+
+Everything up to the launch itself is Triton's own code (``tests/support/fake_launch.py``). The interpreter shows none of it,
+and the static budget compiles signatures written by hand. In processes of their own: kernels imported under
+``TRITON_INTERPRET=1`` cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.machine_code import ARCHITECTURES
+from tests.support.gpu_calls import CALLS
+
+ROOT = Path(__file__).parents[2]
+OPS = ROOT / "din_kernels" / "ops"
+
+pytestmark = pytest.mark.static
+
+
+def without_interpreter(*command: str) -> dict[str, Any]:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert result.stdout.startswith("{"), result.stdout[-2000:] + result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return without_interpreter("tests.support.gpu_calls")
+
+
+def kernel_definitions() -> dict[str, ast.FunctionDef]:
+    """Every function of the kernel modules that is compiled, by name."""
+    return {
+        node.name: node
+        for path in OPS.glob("*/kernels*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+    }
+
+
+def launched_names() -> set[str]:
+    """Kernels that some wrapper launches."""
+    text = "\n".join(path.read_text() for path in OPS.glob("*/*.py") if not path.name.startswith("kernels"))
+    return {name for name in kernel_definitions() if re.search(rf"\b{name}\[", text)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_reach_the_gpu(results, name):
+    assert results[name]["error"] is None, results[name]["error"]
+    assert results[name]["launches"]
+    for launch in results[name]["launches"]:
+        assert launch["shared"] <= ARCHITECTURES["sm_90"].shared_per_block, launch
+
+
+def test_every_kernel_is_among_them(results):
+    seen = {launch["kernel"] for result in results.values() for launch in result["launches"]}
+    assert launched_names() - seen == set()
+    assert len(seen) > 20
+
+
+def test_no_argument_takes_a_name_of_the_launcher():
+    """``triton.runtime.jit`` binds arguments in a function with variables of these names."""
+    taken = {"params", "specialization", "options", "specialize_impl", "backend", "grid", "warmup", "self"}
+    kernels = kernel_definitions()
+    assert {(k, a.arg) for k in launched_names() for a in kernels[k].args.args if a.arg in taken} == set()
+
+
+def test_mistakes_are_told():
+    told = without_interpreter("tests.tooling.launch_mistakes")
+    assert told.pop("nothing") == "accepted"
+    assert "accepted" not in told.values(), told
+    assert len(told) == 11

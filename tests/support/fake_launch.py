@@ -52,7 +52,7 @@ class Pointer:
         if tensor.device.type != "cuda":
             raise ValueError(f"{name}: pointer argument cannot be accessed from Triton: it is on {tensor.device}")
         self.dtype = tensor.dtype
-        self.address = 0 if tensor.numel() == 0 else (1 << 20) + tensor.storage_offset() * tensor.element_size()
+        self.address = 0 if tensor.numel() == 0 else (1 << 20) + int(tensor.storage_offset()) * tensor.element_size()
 
     def data_ptr(self) -> int:
         return self.address

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import sys
 import traceback
@@ -52,7 +53,7 @@ def unit(
     """``skew``: elements by which keys lie off the start of their memory, in rows that much wider."""
     features = 4 * dim if interaction == "product" else dim * (dim + 2)
     widths = [features, *hidden, 1]
-    weights = [tensor(o, i, dtype=dtype) for i, o in zip(widths, widths[1:], strict=False)]
+    weights = [tensor(o, i, dtype=dtype) for i, o in itertools.pairwise(widths)]
     biases = [tensor(o, dtype=dtype) if bias else None for o in widths[1:]]
     alphas = running = None
     if activation in ("dice", "prelu"):
@@ -123,8 +124,8 @@ for name, options in {
 
 def activation(
     tape: Tape, rows: int, width: int, *, dtype: torch.dtype = FP32, training: bool = True, masked: bool = False,
-    affine: bool = False, shifted: bool = False, momentum: float | None = 0.1, transposed: bool = False, one_alpha: bool = False,
-    gradients: bool = True,
+    affine: bool = False, shifted: bool = False, momentum: float | None = 0.1, transposed: bool = False,
+    one_alpha: bool = False, gradients: bool = True,
 ) -> None:  # fmt: skip
     x = tensor(width, rows, dtype=dtype).t() if transposed else tensor(rows, width, dtype=dtype)
     vectors = [tensor(width, dtype=dtype) for _ in range(3)]

@@ -189,8 +189,11 @@ for name, options in {
     "sgd, one column, one row": {"args": ("sgd", 1), "rows": 1, "count": 70, "regularizer": "difacto"},
     "adagrad + l2, decoupled": {"args": ("adagrad", 36), "regularizer": "l2", "decay": "decoupled"},
     "rowwise_adagrad, wide": {"args": ("rowwise_adagrad", 300), "regularizer": "mba"},
+    "adam + mba, stochastic rounding": {
+        "args": ("adam", 18), "regularizer": "mba", "dtype": FP16, "stochastic_rounding": True, "seed": 2**40
+    },
     "adam in a graph": {"args": ("adam", 32), "regularizer": "difacto", "dtype": BF16, "on_device": True},
-}.items():
+}.items():  # fmt: skip
     CALLS[name] = lambda tape, options=options: update(
         tape, *options["args"], **{k: v for k, v in options.items() if k != "args"}
     )

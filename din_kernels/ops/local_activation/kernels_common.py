@@ -157,9 +157,7 @@ def layer(
         return upper_layer(hidden, weight2, param + VECTORS * H1, t, n, origin, H2, H1, B1, PRECISION)
     else:
         PAD1: tl.constexpr = (H1 + B1 - 1) // B1 * B1
-        return upper_layer(
-            hidden + T * PAD1, weight3, param + VECTORS * (H1 + H2), t, n, origin, H3, H2, B2, PRECISION
-        )
+        return upper_layer(hidden + T * PAD1, weight3, param + VECTORS * (H1 + H2), t, n, origin, H3, H2, B2, PRECISION)
 
 
 @triton.jit

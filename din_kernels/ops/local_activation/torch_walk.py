@@ -218,7 +218,7 @@ class Walk:
         self.query = tensors.query.to(self.dtype)
         self.num_lists = tensors.starts.numel()
         by_rows = config.interaction == "product" and config.candidates == 1 and not _even(self.packed)
-        self.chunks: list[RowChunk] = row_chunks(self.packed) if by_rows else []
+        self.chunks: list[RowChunk] = row_chunks(config, self.packed) if by_rows else []
         self.groups: list[PieceGroup] = [] if by_rows else piece_groups(config, self.packed)
 
     def steps(self) -> Iterator[RowStep | PieceStep]:

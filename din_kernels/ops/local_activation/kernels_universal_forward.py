@@ -237,10 +237,12 @@ def statistics_items(
                 m2 = tl.sum(deviation * deviation, axis=0)
                 at = pid * H + n
                 before = tl.load(means + at, mask=n < H, other=0.0)
+                m2 += tl.load(m2s + at, mask=n < H, other=0.0)
                 delta = mean - before
+                # So short a vector is held, and so read, by several warps: all must have read before one of them writes.
+                tl.debug_barrier()
                 tl.store(means + at, before + delta * share, mask=n < H)
-                m2 += tl.load(m2s + at, mask=n < H, other=0.0) + delta * delta * cross
-                tl.store(m2s + at, m2, mask=n < H)
+                tl.store(m2s + at, m2 + delta * delta * cross, mask=n < H)
             count = total
             tl.debug_barrier()
     tl.store(counts + pid, count)

@@ -162,7 +162,9 @@ def serves(config: UnitConfig, tensors: UnitTensors) -> bool:
         return False
     if queries == 0 or keys.shape[0] == 0:
         return False
-    if max(most_slots(config, tensors), tensors.query.numel(), keys.shape[0]) > INT32 - 2 * TILE:
+    slots = most_slots(config, tensors)
+    carry = 2 * (slots // TILE + 1) * config.embedding_dim
+    if max(slots, carry, tensors.query.numel(), keys.shape[0]) > INT32 - 2 * TILE:
         return False
     return fits(config, keys.dtype, capability_of(keys.device))
 

@@ -355,3 +355,25 @@ def test_lengths_as_a_column():
     """Several libraries keep lengths as [B, 1]."""
     column = arguments(lengths=torch.tensor([[4], [0], [2]]))
     assert local_activation(**column).shape == (B, D)
+
+
+@pytest.mark.parametrize("interaction", ["product", "outer"])
+def test_index_tensors_of_any_stride(device, interaction):
+    """Kernels read memory element by element: a column of a table, or one number expanded, must not be read as its rows."""
+    features = {"product": 4 * D, "outer": D * (D + 2)}[interaction]
+    made = arguments(weights=[torch.randn(6, features), torch.randn(1, 6)], interaction=interaction, backend="triton")
+    weights, biases = ([t.to(device) for t in made.pop(name)] for name in ("weights", "biases"))
+    query, padded = made.pop("query").to(device), made.pop("keys").to(device)
+    made.pop("lengths")
+
+    def call(keys, **layout):
+        return local_activation(query, keys, weights, biases, **made, **layout)
+
+    def spread(index):
+        return torch.stack([index, torch.full_like(index, 1)], 1)[:, 0]
+
+    offsets, mask = torch.tensor([0, 4, 4, 6], device=device), torch.rand(B, T, device=device) < 0.5
+    lengths, rows = torch.tensor([3], device=device).expand(B), torch.randn(6, D, device=device)
+    assert torch.equal(call(rows, offsets=spread(offsets)), call(rows, offsets=offsets))
+    assert torch.equal(call(padded, lengths=lengths), call(padded, lengths=lengths.clone()))
+    assert torch.equal(call(padded, mask=mask.t().contiguous().t()), call(padded, mask=mask))

@@ -79,6 +79,7 @@ def gathered_activation(
         raise ValueError("query_item [B, C] must have at least one candidate, got C = 0")
     _checks.check_tensor("offsets", offsets, shape=(batch + 1,), dtypes=_checks.INDEX_DTYPES, device=item_table.device)
     _checks.check_offsets(offsets, key_item.shape[0])
+    offsets = offsets.contiguous()
     dim = item_table.shape[1] + category_table.shape[1]
     like_keys = item_table.new_empty(()).expand(key_item.shape[0], dim)  # shape, dtype and device of what is not made
     _check_parameters(like_keys, weights, biases, alphas, running, interaction, activation)

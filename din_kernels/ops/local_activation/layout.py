@@ -98,6 +98,7 @@ def to_lists(
         _checks.check_tensor("offsets", offsets, shape=(batch + 1,), dtypes=_checks.INDEX_DTYPES, device=keys.device,
                              layout_hint=" (B + 1, with B the rows of query)")  # fmt: skip
         _checks.check_offsets(offsets, keys.shape[0])
+        offsets = offsets.contiguous()  # kernels count in elements; a column of a table would be read as its rows
         starts, ends = offsets[:-1], offsets[1:]
         weights_shape: tuple[int, ...] = (keys.shape[0], *of_candidates)
     else:

@@ -14,7 +14,7 @@ input, then that of the output. Rows are numbered from the chunk's first, in 32 
 import triton
 import triton.language as tl
 
-from .kernels_common import DICE, PRELU, chunk_rows
+from .kernels_common import DICE, PRELU, chunk_rows, fresh_origin
 from .kernels_packed_common import LOG2_E, scale_of
 
 
@@ -49,10 +49,66 @@ def load_item_offset(offset, n, H: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
+def load_item_layer(
+    zero, first, product, query, offset, q,
+    D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H: tl.constexpr, A: tl.constexpr, R: tl.constexpr,
+    ACT: tl.constexpr, OUTER: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The first layer of query row ``q``: (A in four blocks aa, ra, ar, rr; c in two, a, r). Those that do not exist repeat
+    others. ``zero``: see ``fresh_origin``, which keeps addresses of this phase out of the registers of the others. The
+    barriers keep loads of one block from being scheduled before the last is out of the registers."""
+    origin = fresh_origin(zero)
+    d_a, d_r = origin + tl.arange(0, AD), AD + origin + tl.arange(0, RD if RD > 0 else 16)
+    n_a, n_r = origin + tl.arange(0, A), A + origin + tl.arange(0, R if R > 0 else 16)
+    query += q * D
+    offset += q * H
+    if OUTER:
+        first += q * (H * D)
+    aa = load_item_matrix(first, product, query, d_a, n_a, D, H, ACT, OUTER, dtype)
+    ra, ar, rr = aa, aa, aa
+    c_a = load_item_offset(offset, n_a, H, ACT)
+    c_r = c_a
+    if RD > 0:
+        tl.debug_barrier()
+        ra = load_item_matrix(first, product, query, d_r, n_a, D, H, ACT, OUTER, dtype)
+    if R > 0:
+        tl.debug_barrier()
+        ar = load_item_matrix(first, product, query, d_a, n_r, D, H, ACT, OUTER, dtype)
+        c_r = load_item_offset(offset, n_r, H, ACT)
+        if RD > 0:
+            tl.debug_barrier()
+            rr = load_item_matrix(first, product, query, d_r, n_r, D, H, ACT, OUTER, dtype)
+    return aa, ra, ar, rr, c_a, c_r
+
+
+@triton.jit
 def load_second_matrix(weight, n, m, H1: tl.constexpr, H2: tl.constexpr, ACT: tl.constexpr, dtype: tl.constexpr):
     """Block of W2 [H2, H1], laid out [n, m], scaled, as the operand of a product."""
     inside = (n < H1)[:, None] & (m < H2)[None, :]
-    return (tl.load(weight + m[None, :] * H1 + n[:, None], mask=inside, other=0.0) * scale_of(ACT)).to(dtype)
+    w = tl.load(weight + m[None, :] * H1 + n[:, None], mask=inside, other=0.0).to(tl.float32)
+    return (w * scale_of(ACT)).to(dtype)
+
+
+@triton.jit
+def load_second_layer(
+    weight, params, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr, H2: tl.constexpr, A2: tl.constexpr,
+    R2: tl.constexpr, ACT: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """As ``load_item_layer``: W2 in four blocks, bias in two; ``params`` begins with the second layer's."""
+    n_a, n_r = tl.arange(0, A1), A1 + tl.arange(0, R1 if R1 > 0 else 16)
+    m_a, m_r = tl.arange(0, A2), A2 + tl.arange(0, R2 if R2 > 0 else 16)
+    aa = load_second_matrix(weight, n_a, m_a, H1, H2, ACT, dtype)
+    ra, ar, rr = aa, aa, aa
+    b_a = load_parameter(params, m_a, 0, H2) * scale_of(ACT)
+    b_r = b_a
+    if R1 > 0:
+        ra = load_second_matrix(weight, n_r, m_a, H1, H2, ACT, dtype)
+    if R2 > 0:
+        ar = load_second_matrix(weight, n_a, m_r, H1, H2, ACT, dtype)
+        b_r = load_parameter(params, m_r, 0, H2) * scale_of(ACT)
+        if R1 > 0:
+            rr = load_second_matrix(weight, n_r, m_r, H1, H2, ACT, dtype)
+    return aa, ra, ar, rr, b_a, b_r
 
 
 @triton.jit
@@ -72,6 +128,22 @@ def load_gate(param, n, H: tl.constexpr, ACT: tl.constexpr):
         slope = load_parameter(param, n, 3, H) * -LOG2_E
         shift = load_parameter(param, n, 2, H) * -slope
     return alpha, slope, shift
+
+
+@triton.jit
+def store_gate(gates, alpha, slope, shift, n, H: tl.constexpr):
+    """What ``load_gate`` gave, to rows of ``gates`` [3, H] that the program alone owns."""
+    tl.store(gates + n, alpha, mask=n < H)
+    tl.store(gates + H + n, slope, mask=n < H)
+    tl.store(gates + 2 * H + n, shift, mask=n < H)
+
+
+@triton.jit
+def gate(kept_alpha, kept_slope, kept_shift, gates, n, H: tl.constexpr, HOIST: tl.constexpr):
+    """A layer's (α, slope, shift), as kept or read back now."""
+    if HOIST:
+        return kept_alpha, kept_slope, kept_shift
+    return load_parameter(gates, n, 0, H), load_parameter(gates, n, 1, H), load_parameter(gates, n, 2, H)
 
 
 @triton.jit

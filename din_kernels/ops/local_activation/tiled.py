@@ -1,0 +1,208 @@
+"""The tiled Triton path of the local activation unit: one list at a time, with its first layer on chip.
+
+Either interaction, one or two hidden layers, every activation, softmax or none, candidates, any lengths, masks. Launches
+of ``kernels_tiled_forward.py``; the idea is told in ``kernels_tiled_common.py``. Of the product interaction the packed
+path takes short lists (``prefers``); what would not fit into registers (``fits``) is left to the universal one. Nothing is
+read back from the device, and sums are taken in an order that lengths alone decide. A NaN among the real behaviours of
+a list stays in that list.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._launch import on_device
+from . import packed
+from .factorise import FirstLayer, first_layer
+from .items import MAX_ITEM_ROWS, make_items
+from .packed_backward import pick
+from .problem import UnitConfig, UnitOutputs, UnitTensors
+from .universal import (
+    COMBINE_BLOCK,
+    FORWARD_WARPS,
+    PARAMETER_VECTORS,
+    Prepared,
+    Tiling,
+    capability_of,
+    merge_moments,
+    num_programs,
+)
+
+TILE, NUM_WARPS = 64, 4
+LOG2_E = 1.4426950408889634
+
+# Average length from which lists of the product interaction are worth a matrix of their own. Making it costs an item 450
+# to 750 instructions a warp and, as lists do not fill their last tile, half a tile besides, 35 more; it saves 15 (80-40,
+# sigmoid) to 35 (36, Dice) of the packed kernel's 32 to 75 instructions a row. They are even at 70 to 215 rows.
+PREFERRED_LENGTH = 160
+
+
+def shape_constants(config: UnitConfig) -> dict[str, Any]:
+    """HOIST1, HOIST2: Dice keeps four vectors per channel where others keep one; with two layers those of the first, and
+    where the keys come in two blocks those of the second too, would be too many."""
+    widths = packed.widths_of(config)
+    two, dice = len(config.hidden_units) > 1, config.uses_dice
+    channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
+    return {
+        **packed.shape_constants(config), "T": TILE, "VECTORS": PARAMETER_VECTORS[config.activation],
+        "OUTER": config.interaction == "outer", "HOIST1": not dice or channels <= (64 if two else 80),
+        "HOIST2": not dice or channels <= 64 or config.embedding_dim <= 64,
+    }  # fmt: skip
+
+
+def launch_options() -> dict[str, int]:
+    return {"num_warps": NUM_WARPS, "num_stages": 2}
+
+
+def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
+    """As ``packed.fits``, for the tiled kernels."""
+    widths = packed.widths_of(config)
+    channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
+    return config.embedding_dim <= 128 and channels <= 128 and dtype != torch.float32
+
+
+def fits_statistics(config: UnitConfig, dtype: torch.dtype, capability: int, layer: int) -> bool:
+    """Moments take two registers a channel and row besides."""
+    widths = packed.widths_of(config)
+    channels = (widths.a1 + widths.r1, widths.a2 + widths.r2)[layer]
+    return fits(config, dtype, capability) and channels <= 96
+
+
+def _can_serve(config: UnitConfig, tensors: UnitTensors) -> bool:
+    if len(config.hidden_units) > 2 or tensors.gathered is not None:
+        return False
+    if tensors.query.shape[0] == 0 or tensors.keys.shape[0] == 0:
+        return False
+    return config.candidates * MAX_ITEM_ROWS <= packed.INT32  # weights of a chunk are numbered in 32 bits
+
+
+def serves(config: UnitConfig, tensors: UnitTensors) -> bool:
+    """Whether the tiled forward can take this call."""
+    keys = tensors.keys
+    return _can_serve(config, tensors) and fits(config, keys.dtype, capability_of(keys.device))
+
+
+def prefers(config: UnitConfig, tensors: UnitTensors) -> bool:
+    """Whether the tiled forward is faster than the packed one where both can serve, as far as shapes tell: padded lists
+    are taken to be half full."""
+    length = config.padded_length // 2 or tensors.keys.shape[0] // tensors.starts.numel()
+    return length >= PREFERRED_LENGTH
+
+
+def serves_statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> bool:
+    keys = tensors.keys
+    if layer > 1 or not _can_serve(config, tensors):
+        return False
+    return fits_statistics(config, keys.dtype, capability_of(keys.device), layer)
+
+
+def scaled_first_layer(config: UnitConfig, tensors: UnitTensors) -> FirstLayer:
+    """As ``first_layer``, but for the outer interaction with A as the kernels want it: in the dtype of the keys and, for
+    sigmoid, multiplied by −log₂e. It comes so out of the product that makes it, rounded once; of 16-bit parameters that
+    product runs on the tensor cores and moves half the bytes."""
+    if config.interaction == "product":
+        return first_layer(config, tensors)
+    dim, width = config.embedding_dim, config.hidden_units[0]
+    weight, query, bias = tensors.weights[0], tensors.query, tensors.biases[0]
+    dtype = tensors.keys.dtype
+    if not weight.dtype == query.dtype == dtype:
+        weight, query = weight.float(), query.float()
+    scale = -LOG2_E if config.activation == "sigmoid" else 1.0
+    shared, of_outer, to_offset = weight.split([dim, dim * dim, dim], dim=1)
+    of_outer = of_outer.reshape(width * dim, dim)
+    matrix = torch.addmm(shared.reshape(-1), query, of_outer.t(), beta=scale, alpha=scale)
+    query, to_offset = query.float(), to_offset.float().t()
+    offset = query @ to_offset if bias is None else torch.addmm(bias.float(), query, to_offset)
+    return FirstLayer(shared, None, matrix.to(dtype).view(-1, width, dim), offset)
+
+
+def rows_per_item(config: UnitConfig, tensors: UnitTensors, programs: int) -> int:
+    """Rows of a chunk: as many as leave an item to each program, for each chunk makes A anew."""
+    pairs = tensors.keys.shape[0] * config.candidates
+    rows = TILE
+    while rows < MAX_ITEM_ROWS and rows * 2 * programs <= pairs:
+        rows *= 2
+    return rows
+
+
+class Tiled(Prepared):
+    """The operands of one call in the form the kernels read; ``layers``: of how many statistics are known."""
+
+    def __init__(self, config: UnitConfig, tensors: UnitTensors, *, layers: int) -> None:
+        self.config, self.tensors = config, tensors
+        self.tiles = Tiling(TILE, 0, (0, 0, 0), packed.next_power_of_two(config.embedding_dim), NUM_WARPS)
+        self.first = scaled_first_layer(config, tensors)
+        self.query = tensors.query.contiguous()
+        self.lists = tensors.starts.numel()
+        programs = num_programs(tensors.keys.device, FORWARD_WARPS // NUM_WARPS)
+        self.items = make_items(config, tensors, rows_per_item(config, tensors, programs))
+        self.most_programs = programs
+        self.programs = max(1, min(programs, self.items.bound * config.candidates))
+        self.params = self._parameters(layers)
+        self.mask = tensors.keys if tensors.row_mask is None else tensors.row_mask.contiguous().view(torch.uint8)
+
+    def launch(self, kernel: Any, **arguments: Any) -> None:
+        keys = self.tensors.keys
+        everything = {
+            **self.layer_operands(), **self.weight_strides(), **shape_constants(self.config), **arguments,
+            "HAS_MASK": self.tensors.row_mask is not None, "FAST": packed.fast_instructions(),
+            "CONTIGUOUS": keys.is_contiguous(), "PRECISION": packed.kernel_precision(self.config, keys.dtype),
+        }  # fmt: skip
+        hoisted = everything["HOIST1"] and everything["HOIST2"]
+        columns = 1 if hoisted else 3 * sum(self.config.hidden_units)
+        gates = torch.empty(1 if hoisted else self.programs, columns, device=keys.device)
+        kernel[(self.programs,)](**pick({**everything, "gates": gates}, kernel), **launch_options())
+
+
+def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``universal.statistics``."""
+    from . import kernels_tiled_forward as kernels
+
+    call = Tiled(config, tensors, layers=layer)
+    device, width = tensors.keys.device, config.hidden_units[layer]
+    counts = torch.empty(call.programs, dtype=torch.int64, device=device)
+    means = torch.empty(call.programs, width, device=device)
+    m2s = torch.empty_like(means)
+    with on_device(tensors.keys):
+        call.launch(kernels.statistics_tiled, counts=counts, means=means, m2s=m2s, LAYER=layer)
+    return merge_moments(counts, means, m2s)
+
+
+def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
+    from . import kernels_tiled_forward as kernels
+    from .kernels_universal_forward import combine_items, normalise_weights
+
+    keys, queries, dim, softmax = tensors.keys, tensors.query.shape[0], config.embedding_dim, config.softmax
+    pooled = torch.empty(queries, dim, dtype=keys.dtype, device=keys.device)
+    log_normaliser = torch.empty(queries if softmax else 0, device=keys.device)
+    pairs = keys.shape[0] * config.candidates
+    weights = keys.new_zeros(pairs) if return_weights else None
+    attention = weights
+    if softmax and return_weights:
+        attention = torch.empty(pairs, device=keys.device)
+    call = Tiled(config, tensors, layers=len(config.hidden_units))
+    several = call.items.slots > queries
+    partial = torch.empty(call.items.slots if several else 1, dim, device=keys.device)
+    partial_softmax = torch.empty(partial.shape[0] if softmax else 1, 2, device=keys.device)
+    with on_device(keys):
+        call.launch(
+            kernels.forward_tiled, pooled=pooled, log_normaliser=log_normaliser, partial=partial,
+            partial_softmax=partial_softmax, attention=pooled if attention is None else attention,
+            scale=float(config.scale), SOFTMAX=softmax, HAS_ATTENTION=return_weights,
+        )  # fmt: skip
+        if several:
+            block = min(COMBINE_BLOCK, call.tiles.padded_dim)
+            grid = (min(queries, num_programs(keys.device, 8)), -(-dim // block))
+            combine_items[grid](
+                partial, partial_softmax, call.items.chunk_offsets, pooled, log_normaliser, call.lists,
+                config.candidates, D=dim, BLOCK_D=block, BLOCK_K=16, SOFTMAX=softmax, num_warps=4,
+            )  # fmt: skip
+        if weights is not None and softmax:
+            normalise_weights[(call.programs,)](
+                attention, log_normaliser, weights, **call.item_operands(), **call.weight_strides(),
+                T=128, HAS_MASK=tensors.row_mask is not None, num_warps=4,
+            )  # fmt: skip
+    return UnitOutputs(pooled, weights, log_normaliser if softmax else None)

@@ -129,8 +129,12 @@ def forward_tiled(
                     y_r = affine(low_a, low_r, w2_ar, w2_rr, b2_r, R1, PRECISION)
                     alpha, slope, shift = gate(alpha2_r, slope2_r, shift2_r, gates2, again + m_r, H2, HOIST2)
                     h_r = activate(y_r, alpha, slope, shift, ACT, FAST)
+            if not HOIST2:
+                out_a = load_parameter(params_out, again + top_a, 0, TOP_H)
             score = tl.sum(h_a * out_a[None, :], axis=1) + out_bias
             if TOP_R > 0:
+                if not HOIST2:
+                    out_r = load_parameter(params_out, again + top_r, 0, TOP_H)
                 score += tl.sum(h_r * out_r[None, :], axis=1)
             if SOFTMAX:
                 score = score * scale

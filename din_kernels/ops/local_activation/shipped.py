@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..._tuning import CompileCase
-from . import packed, packed_backward
+from . import packed, packed_backward, shipped_tiled
 from .problem import UnitConfig
 from .universal import Tiling, kernel_precision, launch_options, shape_constants, tiling
 
@@ -226,4 +226,4 @@ def _packed() -> Iterator[CompileCase]:
 
 
 def compile_cases() -> list[CompileCase]:
-    return [*_packed(), *_universal()]
+    return [*_packed(), *shipped_tiled.compile_cases(), *_universal()]

@@ -41,34 +41,56 @@ PREFERRED_LENGTH = 160
 
 
 def shape_constants(config: UnitConfig) -> dict[str, Any]:
-    """HOIST1, HOIST2: Dice keeps four vectors per channel where others keep one; with two layers those of the first, and
-    where the keys come in two blocks those of the second too, would be too many."""
+    """HOIST1, HOIST2: Dice keeps four vectors per channel and PReLU two, where others keep one; with two layers those of
+    the first, and where the keys come in two blocks those of the second too, would be too many."""
     widths = packed.widths_of(config)
-    two, dice = len(config.hidden_units) > 1, config.uses_dice
-    channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
+    first, second = widths.a1 + widths.r1, widths.a2 + widths.r2
+    long, short = config.embedding_dim > 64, first + second <= 64
+    light = config.activation in ("sigmoid", "relu") or (config.activation == "prelu" and not (long and second))
     return {
         **packed.shape_constants(config), "T": TILE, "VECTORS": PARAMETER_VECTORS[config.activation],
-        "OUTER": config.interaction == "outer", "HOIST1": not dice or channels <= (64 if two else 80),
-        "HOIST2": not dice or channels <= 64 or config.embedding_dim <= 64,
+        "OUTER": config.interaction == "outer", "HOIST1": light or short or (not second and first <= 80),
+        "HOIST2": not config.uses_dice or short or not long,
     }  # fmt: skip
 
 
-def launch_options() -> dict[str, int]:
-    return {"num_warps": NUM_WARPS, "num_stages": 2}
+def launch_options(*, statistics: bool = False) -> dict[str, int]:
+    """Left alone, ptxas likes to spill a few bytes of ``statistics`` for the sake of one more program per processor; told
+    that it may use all registers, it does not."""
+    options = {"num_warps": NUM_WARPS, "num_stages": 2}
+    if statistics and torch.version.hip is None:
+        options["maxnreg"] = 255
+    return options
 
 
-def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
-    """As ``packed.fits``, for the tiled kernels."""
+def fits(
+    config: UnitConfig, dtype: torch.dtype, capability: int, *, masked: bool = False, attention: bool = False
+) -> bool:
+    """As ``packed.fits``, for the tiled forward kernel: operands of fp32 take twice the place of 16-bit ones, products as
+    exact as fp32 several times that, and what a mask or the writing of attention takes is there in all but the widest."""
     widths = packed.widths_of(config)
     channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
-    return config.embedding_dim <= 128 and channels <= 128 and dtype != torch.float32
+    long, dice = config.embedding_dim > 64, config.uses_dice
+    if config.embedding_dim > 128 or channels > 128:
+        return False
+    if dtype != torch.float32:
+        return not (long and channels > 64 and (masked or (attention and dice)))
+    if config.precision != "tf32" or long:
+        return False
+    if capability < 90:
+        return channels <= 64 and not masked
+    return channels <= (128 if config.activation in ("sigmoid", "relu") and not masked else 64)
 
 
-def fits_statistics(config: UnitConfig, dtype: torch.dtype, capability: int, layer: int) -> bool:
-    """Moments take two registers a channel and row besides."""
+def fits_statistics(
+    config: UnitConfig, dtype: torch.dtype, capability: int, layer: int, *, masked: bool = False
+) -> bool:
+    """Moments take two registers a channel and row besides, and before sm_90 the matrices' operands take some."""
     widths = packed.widths_of(config)
-    channels = (widths.a1 + widths.r1, widths.a2 + widths.r2)[layer]
-    return fits(config, dtype, capability) and channels <= 96
+    first, second = widths.a1 + widths.r1, widths.a2 + widths.r2
+    if (capability < 90 or dtype == torch.float32) and not (first <= 64 if layer == 0 else first + second <= 96):
+        return False
+    return fits(config, dtype, capability, masked=masked) and (first, second)[layer] <= 96
 
 
 def _can_serve(config: UnitConfig, tensors: UnitTensors) -> bool:
@@ -79,10 +101,11 @@ def _can_serve(config: UnitConfig, tensors: UnitTensors) -> bool:
     return config.candidates * MAX_ITEM_ROWS <= packed.INT32  # weights of a chunk are numbered in 32 bits
 
 
-def serves(config: UnitConfig, tensors: UnitTensors) -> bool:
-    """Whether the tiled forward can take this call."""
-    keys = tensors.keys
-    return _can_serve(config, tensors) and fits(config, keys.dtype, capability_of(keys.device))
+def serves(config: UnitConfig, tensors: UnitTensors, *, attention: bool) -> bool:
+    """Whether the tiled forward can take this call; ``attention``: the weights are asked for."""
+    keys, masked = tensors.keys, tensors.row_mask is not None
+    capability = capability_of(keys.device)
+    return _can_serve(config, tensors) and fits(config, keys.dtype, capability, masked=masked, attention=attention)
 
 
 def prefers(config: UnitConfig, tensors: UnitTensors) -> bool:
@@ -93,10 +116,10 @@ def prefers(config: UnitConfig, tensors: UnitTensors) -> bool:
 
 
 def serves_statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> bool:
-    keys = tensors.keys
+    keys, masked = tensors.keys, tensors.row_mask is not None
     if layer > 1 or not _can_serve(config, tensors):
         return False
-    return fits_statistics(config, keys.dtype, capability_of(keys.device), layer)
+    return fits_statistics(config, keys.dtype, capability_of(keys.device), layer, masked=masked)
 
 
 def scaled_first_layer(config: UnitConfig, tensors: UnitTensors) -> FirstLayer:
@@ -154,7 +177,8 @@ class Tiled(Prepared):
         hoisted = everything["HOIST1"] and everything["HOIST2"]
         columns = 1 if hoisted else 3 * sum(self.config.hidden_units)
         gates = torch.empty(1 if hoisted else self.programs, columns, device=keys.device)
-        kernel[(self.programs,)](**pick({**everything, "gates": gates}, kernel), **launch_options())
+        options = launch_options(statistics="LAYER" in arguments)
+        kernel[(self.programs,)](**pick({**everything, "gates": gates}, kernel), **options)
 
 
 def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:

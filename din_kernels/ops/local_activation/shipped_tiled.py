@@ -1,0 +1,117 @@
+"""Configurations of the tiled forward and statistics kernels that must compile well on machines that are not here: the
+shapes of the benchmarks, the paper's own (outer, Dice, 36), and the widest that ``tiled.fits`` lets through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..._tuning import CompileCase
+from . import packed, tiled
+from .problem import UnitConfig
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_INDICES = {"starts", "ends", "chunk_offsets", "chunk_list", "counts"}
+_LIKE_KEYS = {"keys", "query", "weight2", "pooled"}
+_NUMBERS = {
+    "item_rows", "key_stride", "num_lists", "candidates", "weight_row", "weight_candidate", "weight_list",
+}  # fmt: skip
+
+# (interaction, activation, D, hidden widths, softmax)
+_FORWARD: tuple[tuple[str, str, int, tuple[int, ...], bool], ...] = (
+    ("outer", "dice", 64, (36,), False),
+    ("outer", "dice", 64, (80, 40), True),
+    ("outer", "dice", 128, (80, 40), True),
+    ("outer", "dice", 36, (36,), False),
+    ("outer", "dice", 64, (128,), True),
+    ("outer", "sigmoid", 64, (80, 40), False),
+    ("outer", "prelu", 128, (64, 64), True),
+    ("product", "sigmoid", 64, (36,), False),
+    ("product", "sigmoid", 64, (64, 16), False),
+    ("product", "dice", 64, (80, 40), False),
+    ("product", "dice", 128, (80, 40), True),
+    ("product", "prelu", 128, (80, 40), True),
+)
+# (interaction, D, hidden widths, layer)
+_STATISTICS: tuple[tuple[str, int, tuple[int, ...], int], ...] = (
+    ("outer", 64, (36,), 0),
+    ("outer", 64, (80, 40), 0),
+    ("outer", 64, (80, 40), 1),
+    ("product", 128, (80, 40), 0),
+    ("product", 128, (80, 40), 1),
+    ("product", 128, (64, 64), 1),
+)
+
+
+def _case(
+    name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], targets: tuple[str, ...],
+    fast: bool,
+) -> CompileCase:  # fmt: skip
+    everything = {
+        **tiled.shape_constants(config), "HAS_MASK": False, "HAS_ATTENTION": False, "SOFTMAX": config.softmax,
+        "PRECISION": packed.kernel_precision(config, dtype), "CONTIGUOUS": True,
+        "FAST": fast, **extra,
+    }  # fmt: skip
+    constants = {k: v for k, v in everything.items() if k in kernel.arg_names}
+    outer = config.interaction == "outer"
+
+    def kind(argument: str) -> str:
+        if argument in _NUMBERS:
+            return "i32"
+        if argument == "scale":
+            return "fp32"
+        if argument == "row_mask":
+            return "*u8"
+        if argument in _INDICES:
+            return "*i64"
+        like_keys = argument in _LIKE_KEYS or (argument == "first" and outer)
+        return "*" + (_TYPES[dtype] if like_keys else "fp32")
+
+    signature = {a: kind(a) for a in kernel.arg_names if a not in constants}
+    widths = "x".join(map(str, config.hidden_units))
+    shape = f"{config.interaction}-D{config.embedding_dim}-{widths}-{config.activation}"
+    precision = "tf32" if dtype == torch.float32 else _TYPES[dtype]
+    options = tiled.launch_options(statistics="LAYER" in extra)
+    return CompileCase(
+        name=f"local_activation/tiled/{name}{'' if fast else '-amd'}/{shape}{'-softmax' if config.softmax else ''}-"
+        f"{precision}",
+        kernel=kernel, signature=signature, constexprs=constants, rows=tiled.TILE, targets=targets,
+        aligned=tuple(a for a, k in signature.items() if k.startswith("*") and a not in ("starts", "ends")),
+        num_warps=options.pop("num_warps"), num_stages=options.pop("num_stages"), options=options if fast else {},
+    )  # fmt: skip
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    from . import kernels_tiled_forward as kernels
+
+    def cases(
+        name: str, kernel: Any, config: UnitConfig, extra: dict[str, Any], fits: Callable[[int], bool],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Iterator[CompileCase]:  # fmt: skip
+        targets = tuple(target for target, capability in (("sm_80", 80), ("sm_90", 90)) if fits(capability))
+        if targets:
+            yield _case(name, kernel, config, dtype, extra, targets, True)
+        if "sm_80" in targets:  # what AMD's GPUs count as
+            yield _case(name, kernel, config, dtype, extra, ("gfx942",), False)
+
+    for interaction, activation, dim, widths, softmax in _FORWARD:
+        config = UnitConfig(interaction, activation, dim, widths, softmax=softmax)
+        fits = partial(tiled.fits, config, torch.bfloat16)
+        yield from cases("forward", kernels.forward_tiled, config, {}, fits)
+        options = {"HAS_MASK": True, "HAS_ATTENTION": True}  # what else of a call takes registers
+        if activation == "dice" and tiled.fits(config, torch.bfloat16, 90, masked=True, attention=True):
+            yield from cases("forward-masked-attention", kernels.forward_tiled, config, options, fits)
+    for interaction, dim, widths, layer in _STATISTICS:
+        config = UnitConfig(interaction, "dice", dim, widths)
+        fits = partial(tiled.fits_statistics, config, torch.bfloat16, layer=layer)
+        yield from cases(f"statistics{layer}", kernels.statistics_tiled, config, {"LAYER": layer}, fits)
+    for activation, widths in (("dice", (36,)), ("sigmoid", (80, 40))):
+        config = UnitConfig("outer", activation, 64, widths, softmax=True, precision="tf32")
+        fits = partial(tiled.fits, config, torch.float32)
+        yield from cases("forward", kernels.forward_tiled, config, {}, fits, torch.float32)
+        if config.uses_dice:
+            fits = partial(tiled.fits_statistics, config, torch.float32, layer=0)
+            yield from cases("statistics0", kernels.statistics_tiled, config, {"LAYER": 0}, fits, torch.float32)

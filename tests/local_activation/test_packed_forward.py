@@ -160,16 +160,18 @@ def test_each_behaviour_is_read_once():
 
 
 def test_dispatch(device, monkeypatch):
-    """16-bit calls of the product interaction go here; masks, outer products, three layers and fp32 do not."""
+    """16-bit calls of the product interaction go here; masks and outer products to the tiled kernels, and three layers,
+    wide embeddings and fp32 to the universal ones."""
     taken = []
+    monkeypatch.setattr(triton_impl.tiled, "forward", lambda *a, **k: taken.append("tiled"))
     monkeypatch.setattr(packed, "forward", lambda *a, **k: taken.append("packed"))
     monkeypatch.setattr(triton_impl.universal, "forward", lambda *a, **k: taken.append("universal"))
     served = Spec(dtype=torch.bfloat16)
     for spec, path in [
         (served, "packed"),
         (dataclasses.replace(served, layout="padded", softmax=True, activation="dice", hidden=(80, 40)), "packed"),
-        (dataclasses.replace(served, layout="mask"), "universal"),
-        (dataclasses.replace(served, interaction="outer"), "universal"),
+        (dataclasses.replace(served, layout="mask"), "tiled"),
+        (dataclasses.replace(served, interaction="outer"), "tiled"),
         (dataclasses.replace(served, hidden=(8, 8, 8)), "universal"),
         (dataclasses.replace(served, dim=136), "universal"),
         (dataclasses.replace(served, dtype=torch.float32), "universal"),

@@ -52,7 +52,7 @@ def tiled_specs(draw, activations=("dice", "prelu", "sigmoid", "relu"), max_batc
 
 def run_forward(case: Case, *, return_weights: bool = True):
     if not case.tensors.query.shape[0] or not case.tensors.keys.shape[0]:
-        assert not tiled.serves(case.config, case.tensors)
+        assert not tiled.serves(case.config, case.tensors, attention=return_weights)
         return triton_impl.forward(case.config, case.tensors, return_weights=return_weights)
     return tiled.forward(case.config, case.tensors, return_weights=return_weights)
 
@@ -243,6 +243,32 @@ def test_preferred_lengths(device):
         tensors = case.tensors._replace(keys=torch.zeros(2 * rows, 8, device=device))
         config = dataclasses.replace(case.config, padded_length=padded)
         assert tiled.prefers(config, tensors) == want
+
+
+def test_dispatch(device, monkeypatch):
+    """Who is called: also for long lists of the product interaction, and for Dice's statistics."""
+    taken = []
+    for path in ("packed", "tiled", "universal"):
+        module = getattr(triton_impl, path)
+        monkeypatch.setattr(module, "forward", lambda *a, path=path, **k: taken.append(path))
+        if path != "packed":
+            monkeypatch.setattr(module, "statistics", lambda *a, path=path, **k: taken.append(path))
+    outer = Spec(interaction="outer", activation="dice", dtype=torch.bfloat16)
+    for spec, path in [
+        (outer, "tiled"),
+        (dataclasses.replace(outer, hidden=(80, 40), dim=128), "tiled"),
+        (dataclasses.replace(outer, hidden=(80, 40), dim=128, layout="mask"), "universal"),
+        (dataclasses.replace(outer, dtype=torch.float32), "universal"),
+        (dataclasses.replace(outer, dtype=torch.float32, precision="tf32"), "tiled"),
+        (dataclasses.replace(outer, hidden=(8, 8, 8)), "universal"),
+        (dataclasses.replace(outer, interaction="product"), "packed"),
+        (dataclasses.replace(outer, interaction="product", lengths=(10, 500)), "tiled"),
+    ]:
+        case = make_case(spec, device)
+        triton_impl.forward(case.config, case.tensors, return_weights=False)
+        assert taken.pop() == path, spec
+        triton_impl.statistics(case.config, case.tensors, 0)
+        assert taken.pop() == path.replace("packed", "tiled"), spec
 
 
 @pytest.fixture

@@ -1,21 +1,28 @@
 """The Triton backend of the local activation unit; the functions of ``torch_impl.py``, served by kernels.
 
-The packed kernels take the common shapes, the universal ones all others.
+The packed kernels take short lists of the product interaction, the tiled ones long lists, masks and the outer interaction,
+the universal ones what neither can.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import packed, packed_backward, universal, universal_backward
+from . import packed, packed_backward, tiled, universal, universal_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
-from .universal import statistics
 
-__all__ = ["backward", "forward", "statistics"]
+
+def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    path = tiled if tiled.serves_statistics(config, tensors, layer) else universal
+    return path.statistics(config, tensors, layer)
 
 
 def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
-    path = packed if packed.serves(config, tensors) else universal
+    by_packed = packed.serves(config, tensors)
+    by_tiled = tiled.serves(config, tensors, attention=return_weights)
+    if by_tiled and (not by_packed or tiled.prefers(config, tensors)):
+        return tiled.forward(config, tensors, return_weights=return_weights)
+    path = packed if by_packed else universal
     return path.forward(config, tensors, return_weights=return_weights)
 
 

@@ -100,8 +100,19 @@ for name, options in {
     "universal outer dice training, masked": {
         "args": ("outer", "dice", 18, (36, 16)), "dtype": FP32, "layout": "mask", "training": True
     },
-    "universal outer prelu softmax, candidates, weights": {
+    "tiled outer prelu softmax, candidates, weights": {
         "args": ("outer", "prelu", 8, (16,)), "candidates": 2, "softmax": True, "return_weights": True, "length": 2000
+    },
+    "tiled outer dice training, masked, two layers": {
+        "args": ("outer", "dice", 36, (36, 16)), "layout": "mask", "training": True, "return_weights": True
+    },
+    "tiled product dice training, wide layers": {
+        "args": ("product", "dice", 32, (64, 16)), "layout": "lengths", "length": 2000, "index": torch.int32,
+        "training": True,
+    },
+    "tiled outer sigmoid, skewed rows": {"args": ("outer", "sigmoid", 16, (16,)), "dtype": FP16, "skew": 1},
+    "universal outer relu softmax, candidates, weights": {
+        "args": ("outer", "relu", 8, (16,)), "candidates": 2, "softmax": True, "return_weights": True, "dtype": FP32
     },
     "universal product relu, three layers": {"args": ("product", "relu", 16, (16, 8, 5)), "dtype": FP16},
     "universal product, one row of one column": {

@@ -18,16 +18,50 @@ from .kernels_tiled_common import (
     store_gate,
 )
 
-# Rows of the product that sums a tile: the least that the tensor cores take. One of them is used.
+# A tile's weighted sum is a product with a matrix that is 0 but for one row or column. This is how many it has: the least
+# that the tensor cores take.
 SUMS = tl.constexpr(16)
 
 
 @triton.jit
-def store_sum(total, d, shrink, target, D: tl.constexpr):
-    """Columns ``d`` of an item's sum, which is the first row of ``total``."""
-    row = tl.arange(0, SUMS)[:, None]
-    tl.store(target + row * 0 + d[None, :], (total * shrink).to(target.dtype.element_ty),
-             mask=(row == 0) & (d < D)[None, :])  # fmt: skip
+def no_sum(D: tl.constexpr, TALL: tl.constexpr):
+    """What ``add_weighted`` adds to. TALL: the product is [D, SUMS], else [SUMS, D]. Before sm_90 warps share the rows of
+    the other products only if no product among them is wider than tall; else they share the columns, and repeat each
+    other's activations in blocks of 16. On sm_90 the flat one takes fewer instructions."""
+    if TALL:
+        return tl.zeros([D, SUMS], tl.float32)
+    else:
+        return tl.zeros([SUMS, D], tl.float32)
+
+
+@triton.jit
+def spread(weight, dtype: tl.constexpr, TALL: tl.constexpr):
+    """The weights [T] as operand of ``add_weighted``."""
+    lane = tl.arange(0, SUMS)
+    if TALL:
+        return tl.where(lane[None, :] == 0, weight[:, None], 0.0).to(dtype)
+    else:
+        return tl.where(lane[:, None] == 0, weight[None, :], 0.0).to(dtype)
+
+
+@triton.jit
+def add_weighted(total, e, weights, TALL: tl.constexpr, PRECISION: tl.constexpr):
+    """total += Σ_t weight[t] e[t]."""
+    if TALL:
+        return tl.dot(tl.trans(e), weights, total, input_precision=PRECISION)
+    else:
+        return tl.dot(weights, e, total, input_precision=PRECISION)
+
+
+@triton.jit
+def store_sum(total, d, shrink, target, D: tl.constexpr, TALL: tl.constexpr):
+    """Columns ``d`` of an item's sum."""
+    lane = tl.arange(0, SUMS)
+    value = (total * shrink).to(target.dtype.element_ty)
+    if TALL:
+        tl.store(target + d[:, None] + lane[None, :] * 0, value, mask=(d < D)[:, None] & (lane == 0)[None, :])
+    else:
+        tl.store(target + d[None, :] + lane[:, None] * 0, value, mask=(d < D)[None, :] & (lane == 0)[:, None])
 
 
 @triton.jit(do_not_specialize=["item_rows", "num_lists", "candidates", "weight_row", "weight_candidate", "weight_list"])
@@ -40,7 +74,7 @@ def forward_tiled(
     H2: tl.constexpr, A2: tl.constexpr, R2: tl.constexpr, T: tl.constexpr, VECTORS: tl.constexpr,
     ACT: tl.constexpr, OUTER: tl.constexpr, SOFTMAX: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_ATTENTION: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    HOIST1: tl.constexpr, HOIST2: tl.constexpr,
+    HOIST1: tl.constexpr, HOIST2: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     """One or two hidden layers (H2 = 0); each program takes every P-th item. Results go where
     ``kernels_universal_forward.forward_items`` puts them. HOIST1,
@@ -83,7 +117,6 @@ def forward_tiled(
     out_bias = tl.load(params_out + TOP_H)
 
     lane = tl.arange(0, T)
-    sum_row = tl.arange(0, SUMS)
     items = tl.load(chunk_offsets + num_lists) * candidates
     for item in range(tl.program_id(0).to(tl.int64), items, tl.num_programs(0).to(tl.int64)):
         s, candidate, chunk, number, chunks, begin, rows = item_rows_of(
@@ -96,9 +129,9 @@ def forward_tiled(
         a_aa, a_ra, a_ar, a_rr, c_a, c_r = load_item_layer(
             chunk_offsets, first, product, query, offset, q, D, AD, RD, H1, A1, R1, ACT, OUTER, dtype
         )
-        total_a = tl.zeros([SUMS, AD], tl.float32)
+        total_a = no_sum(AD, TALL)
         if RD > 0:
-            total_r = tl.zeros([SUMS, RD], tl.float32)
+            total_r = no_sum(RD, TALL)
         top = tl.full([], float("-inf"), tl.float32)
         denominators = tl.zeros([T], tl.float32)
         # As much as 0 for all that compilers know: what a tile reads again is not to be kept in registers after all.
@@ -154,10 +187,10 @@ def forward_tiled(
                 top = new_top
             else:
                 weight = tl.where(live, score, 0.0)
-            weights = tl.where(sum_row[:, None] == 0, weight[None, :], 0.0).to(dtype)
-            total_a = tl.dot(weights, e_a, total_a, input_precision=PRECISION)
+            weights = spread(weight, dtype, TALL)
+            total_a = add_weighted(total_a, e_a, weights, TALL, PRECISION)
             if RD > 0:
-                total_r = tl.dot(weights, e_r, total_r, input_precision=PRECISION)
+                total_r = add_weighted(total_r, e_r, weights, TALL, PRECISION)
         denominator = tl.sum(denominators, axis=0)
         origin = fresh_origin(chunk_offsets)
         i_a, i_r = origin + d_a, origin + d_r
@@ -168,14 +201,14 @@ def forward_tiled(
                 shrink = 1.0 / tl.where(nothing, 1.0, denominator)
                 log_sum = (top + tl.log2(tl.where(nothing, 1.0, denominator))) * LN_2
                 tl.store(log_normaliser + q, tl.where(nothing, float("-inf"), log_sum))
-            store_sum(total_a, i_a, shrink, pooled + q * D, D)
+            store_sum(total_a, i_a, shrink, pooled + q * D, D, TALL)
             if RD > 0:
-                store_sum(total_r, i_r, shrink, pooled + q * D, D)
+                store_sum(total_r, i_r, shrink, pooled + q * D, D, TALL)
         else:
             slot = slot_of(s, number, chunk, candidate, candidates, num_lists)
-            store_sum(total_a, i_a, 1.0, partial + slot * D, D)
+            store_sum(total_a, i_a, 1.0, partial + slot * D, D, TALL)
             if RD > 0:
-                store_sum(total_r, i_r, 1.0, partial + slot * D, D)
+                store_sum(total_r, i_r, 1.0, partial + slot * D, D, TALL)
             if SOFTMAX:
                 tl.store(partial_softmax + 2 * slot, top * LN_2)
                 tl.store(partial_softmax + 2 * slot + 1, denominator)

@@ -47,11 +47,11 @@ _STATISTICS: tuple[tuple[str, int, tuple[int, ...], int], ...] = (
 
 
 def _case(
-    name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], targets: tuple[str, ...],
-    fast: bool,
+    name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], targets: tuple[str, ...], *,
+    fast: bool = True, tall: bool = False,
 ) -> CompileCase:  # fmt: skip
     everything = {
-        **tiled.shape_constants(config), "HAS_MASK": False, "HAS_ATTENTION": False, "SOFTMAX": config.softmax,
+        **tiled.shape_constants(config, tall=tall), "HAS_MASK": False, "HAS_ATTENTION": False, "SOFTMAX": config.softmax,
         "PRECISION": packed.kernel_precision(config, dtype), "CONTIGUOUS": True,
         "FAST": fast, **extra,
     }  # fmt: skip
@@ -74,9 +74,9 @@ def _case(
     widths = "x".join(map(str, config.hidden_units))
     shape = f"{config.interaction}-D{config.embedding_dim}-{widths}-{config.activation}"
     precision = "tf32" if dtype == torch.float32 else _TYPES[dtype]
-    options = tiled.launch_options(statistics="LAYER" in extra)
+    options = tiled.launch_options(config, dtype, tall=tall, statistics="LAYER" in extra)
     return CompileCase(
-        name=f"local_activation/tiled/{name}{'' if fast else '-amd'}/{shape}{'-softmax' if config.softmax else ''}-"
+        name=f"local_activation/tiled/{name}/{shape}{'-softmax' if config.softmax else ''}-"
         f"{precision}",
         kernel=kernel, signature=signature, constexprs=constants, rows=tiled.TILE, targets=targets,
         aligned=tuple(a for a, k in signature.items() if k.startswith("*") and a not in ("starts", "ends")),
@@ -91,11 +91,15 @@ def compile_cases() -> Iterator[CompileCase]:
         name: str, kernel: Any, config: UnitConfig, extra: dict[str, Any], fits: Callable[[int], bool],
         dtype: torch.dtype = torch.bfloat16,
     ) -> Iterator[CompileCase]:  # fmt: skip
-        targets = tuple(target for target, capability in (("sm_80", 80), ("sm_90", 90)) if fits(capability))
-        if targets:
-            yield _case(name, kernel, config, dtype, extra, targets, True)
-        if "sm_80" in targets:  # what AMD's GPUs count as
-            yield _case(name, kernel, config, dtype, extra, ("gfx942",), False)
+        tall = tiled.is_tall(config, 80) and "TALL" in kernel.arg_names
+        if fits(90) and fits(80) and not tall:
+            yield _case(name, kernel, config, dtype, extra, ("sm_80", "sm_90"))
+        elif fits(90):
+            yield _case(f"{name}-90", kernel, config, dtype, extra, ("sm_90",))
+            if fits(80):
+                yield _case(f"{name}-80", kernel, config, dtype, extra, ("sm_80",), tall=tall)
+        if fits(80):  # what AMD's GPUs count as
+            yield _case(f"{name}-amd", kernel, config, dtype, extra, ("gfx942",), fast=False)
 
     for interaction, activation, dim, widths, softmax in _FORWARD:
         config = UnitConfig(interaction, activation, dim, widths, softmax=softmax)

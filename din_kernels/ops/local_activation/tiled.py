@@ -40,26 +40,44 @@ LOG2_E = 1.4426950408889634
 PREFERRED_LENGTH = 160
 
 
-def shape_constants(config: UnitConfig) -> dict[str, Any]:
-    """HOIST1, HOIST2: Dice keeps four vectors per channel and PReLU two, where others keep one; with two layers those of
-    the first, and where the keys come in two blocks those of the second too, would be too many."""
+def is_tall(config: UnitConfig, capability: int) -> bool:
+    """Which of two products sums a tile (``kernels_tiled_forward.no_sum``). AMD counts as 80, but is better off flat, and
+    so is the one case in which the tall one spills."""
+    spills = config.activation == "prelu" and config.embedding_dim > 64 and len(config.hidden_units) > 1
+    return capability < 90 and torch.version.hip is None and not spills
+
+
+def _channels(config: UnitConfig) -> tuple[int, int]:
+    """Of the two layers, with padding."""
     widths = packed.widths_of(config)
-    first, second = widths.a1 + widths.r1, widths.a2 + widths.r2
+    return widths.a1 + widths.r1, widths.a2 + widths.r2
+
+
+def shape_constants(config: UnitConfig, *, tall: bool) -> dict[str, Any]:
+    """HOIST1, HOIST2: Dice keeps four vectors per channel and PReLU two, where others keep one; with two layers those of
+    the first, and where the keys come in two blocks or the sum is tall those of the second too, would be too many.
+    Keys of up to 64 columns come in one block: two, 32 + 16 for 36, save no instructions and take twice the registers."""
+    first, second = _channels(config)
     long, short = config.embedding_dim > 64, first + second <= 64
     light = config.activation in ("sigmoid", "relu") or (config.activation == "prelu" and not (long and second))
+    one_block = {} if long else {"AD": packed.next_power_of_two(config.embedding_dim), "RD": 0}
     return {
-        **packed.shape_constants(config), "T": TILE, "VECTORS": PARAMETER_VECTORS[config.activation],
-        "OUTER": config.interaction == "outer", "HOIST1": light or short or (not second and first <= 80),
-        "HOIST2": not config.uses_dice or short or not long,
+        **packed.shape_constants(config), **one_block, "T": TILE, "VECTORS": PARAMETER_VECTORS[config.activation],
+        "OUTER": config.interaction == "outer", "TALL": tall,
+        "HOIST1": light or short or (not second and first <= 80),
+        "HOIST2": light or short or not (tall or (long and config.uses_dice)),
     }  # fmt: skip
 
 
-def launch_options(*, statistics: bool = False) -> dict[str, int]:
+def launch_options(config: UnitConfig, dtype: torch.dtype, *, tall: bool, statistics: bool = False) -> dict[str, int]:
     """Left alone, ptxas likes to spill a few bytes of ``statistics`` for the sake of one more program per processor; told
-    that it may use all registers, it does not."""
+    that it may use all registers, it does not. Of narrow forward kernels before sm_90 it takes more than it needs, and
+    three programs fit a processor if told not to."""
     options = {"num_warps": NUM_WARPS, "num_stages": 2}
     if statistics and torch.version.hip is None:
         options["maxnreg"] = 255
+    elif tall and dtype != torch.float32 and config.embedding_dim <= 64 and sum(_channels(config)) <= 48:
+        options["maxnreg"] = 168
     return options
 
 
@@ -68,8 +86,7 @@ def fits(
 ) -> bool:
     """As ``packed.fits``, for the tiled forward kernel: operands of fp32 take twice the place of 16-bit ones, products as
     exact as fp32 several times that, and what a mask or the writing of attention takes is there in all but the widest."""
-    widths = packed.widths_of(config)
-    channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
+    channels = sum(_channels(config))
     long, dice = config.embedding_dim > 64, config.uses_dice
     if config.embedding_dim > 128 or channels > 128:
         return False
@@ -86,8 +103,7 @@ def fits_statistics(
     config: UnitConfig, dtype: torch.dtype, capability: int, layer: int, *, masked: bool = False
 ) -> bool:
     """Moments take two registers a channel and row besides, and before sm_90 the matrices' operands take some."""
-    widths = packed.widths_of(config)
-    first, second = widths.a1 + widths.r1, widths.a2 + widths.r2
+    first, second = _channels(config)
     if (capability < 90 or dtype == torch.float32) and not (first <= 64 if layer == 0 else first + second <= 96):
         return False
     return fits(config, dtype, capability, masked=masked) and (first, second)[layer] <= 96
@@ -169,15 +185,16 @@ class Tiled(Prepared):
 
     def launch(self, kernel: Any, **arguments: Any) -> None:
         keys = self.tensors.keys
+        tall = is_tall(self.config, capability_of(keys.device))
         everything = {
-            **self.layer_operands(), **self.weight_strides(), **shape_constants(self.config), **arguments,
+            **self.layer_operands(), **self.weight_strides(), **shape_constants(self.config, tall=tall), **arguments,
             "HAS_MASK": self.tensors.row_mask is not None, "FAST": packed.fast_instructions(),
             "CONTIGUOUS": keys.is_contiguous(), "PRECISION": packed.kernel_precision(self.config, keys.dtype),
         }  # fmt: skip
         hoisted = everything["HOIST1"] and everything["HOIST2"]
         columns = 1 if hoisted else 3 * sum(self.config.hidden_units)
         gates = torch.empty(1 if hoisted else self.programs, columns, device=keys.device)
-        options = launch_options(statistics="LAYER" in arguments)
+        options = launch_options(self.config, keys.dtype, tall=tall, statistics="LAYER" in arguments)
         kernel[(self.programs,)](**pick({**everything, "gates": gates}, kernel), **options)
 
 

@@ -65,16 +65,21 @@ def run_all(case: Case) -> list[torch.Tensor]:
     return results
 
 
-@settings(SETTINGS, max_examples=40)
-@given(tiled_specs())
-def test_outputs(device, poison_scratch, spec):
+FORMS = st.sampled_from((tiled.LONG, dataclasses.replace(tiled.LONG, tall=True), tiled.SHORT))
+
+
+@settings(SETTINGS, max_examples=50)
+@given(tiled_specs(), FORMS)
+def test_outputs(device, poison_scratch, monkeypatch, spec, form):
+    monkeypatch.setattr(tiled, "form_of", lambda config, tensors: form)
     case = make_case(spec, device)
     check_outputs(case, run_forward(case))
 
 
-@settings(SETTINGS, max_examples=15)
-@given(tiled_specs(activations=("dice",)))
-def test_statistics(device, poison_scratch, spec):
+@settings(SETTINGS, max_examples=20)
+@given(tiled_specs(activations=("dice",)), FORMS)
+def test_statistics(device, poison_scratch, monkeypatch, spec, form):
+    monkeypatch.setattr(tiled, "form_of", lambda config, tensors: form)
     case = make_case(dataclasses.replace(spec, training=True), device)
     if case.tensors.query.shape[0] and case.tensors.keys.shape[0]:
         for layer in range(len(spec.hidden)):
@@ -118,7 +123,8 @@ LENGTHS = {
 
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_lengths(device, poison_scratch, lengths, softmax):
+def test_lengths(device, poison_scratch, monkeypatch, lengths, softmax):
+    monkeypatch.setattr(tiled, "form_of", lambda config, tensors: tiled.SHORT if softmax else tiled.LONG)
     interaction = "outer" if len(lengths) > 2 else "product"
     layout = "padded" if not any(lengths) else "jagged"
     spec = Spec(lengths, 8, (9,), interaction, softmax=softmax, scale=2.0, layout=layout, activation="dice")
@@ -195,8 +201,8 @@ SPREAD = [
 @pytest.mark.parametrize("spec", SPREAD, ids=lambda s: f"{s.layout}-{s.activation}")
 def test_memory(monkeypatch, spec):
     """In bounds, no race between programs or within one, no atomics; any order of programs gives the same bits."""
-    capability = 80 if spec.activation == "prelu" else 90
-    monkeypatch.setattr(tiled, "capability_of", lambda device: capability)
+    form = {"prelu": tiled.Form(tall=True), "sigmoid": tiled.SHORT, "dice": tiled.LONG}[spec.activation]
+    monkeypatch.setattr(tiled, "form_of", lambda config, tensors: form)
     case = make_case(spec)
     expected = run_all(case)
     for order in (None, "reverse", 3):
@@ -238,6 +244,20 @@ def test_widths_of_the_matrix(device):
             first = tiled.scaled_first_layer(case.config, tensors)
             assert first.matrix.dtype == torch.bfloat16
             torch.testing.assert_close(first.matrix.double(), matrix * scale, rtol=2**-8, atol=2**-7)
+
+
+def test_forms(device):
+    """Short lists of narrow layers get short tiles, as far as shapes tell."""
+    for spec, want in (
+        (Spec((100, 90), 8, (36,), "outer", dtype=torch.bfloat16), tiled.SHORT),
+        (Spec((200, 90), 8, (36,), "outer", dtype=torch.bfloat16), tiled.LONG),
+        (Spec((200, 90), 8, (36,), "outer", dtype=torch.bfloat16, layout="padded"), tiled.SHORT),
+        (Spec((200, 90), 8, (36,), "outer", dtype=torch.bfloat16, layout="mask"), tiled.LONG),
+        (Spec((100, 90), 8, (36, 16), "outer", dtype=torch.bfloat16), tiled.LONG),
+        (Spec((100, 90), 8, (36,), "outer", precision="tf32"), tiled.LONG),
+    ):
+        case = make_case(spec, device)
+        assert dataclasses.replace(tiled.form_of(case.config, case.tensors), tall=False) == want, spec
 
 
 def test_preferred_lengths(device):

@@ -35,6 +35,14 @@ _FORWARD: tuple[tuple[str, str, int, tuple[int, ...], bool], ...] = (
     ("product", "dice", 128, (80, 40), True),
     ("product", "prelu", 128, (80, 40), True),
 )
+# The same for lists so short that a tile has one warp: Dice with softmax.
+_SHORT: tuple[tuple[str, int, tuple[int, ...]], ...] = (
+    ("outer", 64, (36,)),
+    ("outer", 128, (36,)),
+    ("product", 64, (36,)),
+    ("product", 128, (36,)),
+    ("product", 128, (32, 16)),
+)
 # (interaction, D, hidden widths, layer)
 _STATISTICS: tuple[tuple[str, int, tuple[int, ...], int], ...] = (
     ("outer", 64, (36,), 0),
@@ -48,10 +56,10 @@ _STATISTICS: tuple[tuple[str, int, tuple[int, ...], int], ...] = (
 
 def _case(
     name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], targets: tuple[str, ...], *,
-    fast: bool = True, tall: bool = False,
+    fast: bool = True, form: tiled.Form = tiled.LONG,
 ) -> CompileCase:  # fmt: skip
     everything = {
-        **tiled.shape_constants(config, tall=tall), "HAS_MASK": False, "HAS_ATTENTION": False, "SOFTMAX": config.softmax,
+        **tiled.shape_constants(config, form), "HAS_MASK": False, "HAS_ATTENTION": False, "SOFTMAX": config.softmax,
         "PRECISION": packed.kernel_precision(config, dtype), "CONTIGUOUS": True,
         "FAST": fast, **extra,
     }  # fmt: skip
@@ -74,11 +82,11 @@ def _case(
     widths = "x".join(map(str, config.hidden_units))
     shape = f"{config.interaction}-D{config.embedding_dim}-{widths}-{config.activation}"
     precision = "tf32" if dtype == torch.float32 else _TYPES[dtype]
-    options = tiled.launch_options(config, dtype, tall=tall, statistics="LAYER" in extra)
+    options = tiled.launch_options(config, dtype, form, statistics="LAYER" in extra)
     return CompileCase(
         name=f"local_activation/tiled/{name}/{shape}{'-softmax' if config.softmax else ''}-"
         f"{precision}",
-        kernel=kernel, signature=signature, constexprs=constants, rows=tiled.TILE, targets=targets,
+        kernel=kernel, signature=signature, constexprs=constants, rows=form.rows, targets=targets,
         aligned=tuple(a for a, k in signature.items() if k.startswith("*") and a not in ("starts", "ends")),
         num_warps=options.pop("num_warps"), num_stages=options.pop("num_stages"), options=options if fast else {},
     )  # fmt: skip
@@ -91,16 +99,31 @@ def compile_cases() -> Iterator[CompileCase]:
         name: str, kernel: Any, config: UnitConfig, extra: dict[str, Any], fits: Callable[[int], bool],
         dtype: torch.dtype = torch.bfloat16,
     ) -> Iterator[CompileCase]:  # fmt: skip
-        tall = tiled.is_tall(config, 80) and "TALL" in kernel.arg_names
-        if fits(90) and fits(80) and not tall:
+        old = tiled.long_form(config, 80) if "TALL" in kernel.arg_names else tiled.LONG
+        if fits(90) and fits(80) and old == tiled.LONG:
             yield _case(name, kernel, config, dtype, extra, ("sm_80", "sm_90"))
         elif fits(90):
             yield _case(f"{name}-90", kernel, config, dtype, extra, ("sm_90",))
             if fits(80):
-                yield _case(f"{name}-80", kernel, config, dtype, extra, ("sm_80",), tall=tall)
+                yield _case(f"{name}-80", kernel, config, dtype, extra, ("sm_80",), form=old)
         if fits(80):  # what AMD's GPUs count as
             yield _case(f"{name}-amd", kernel, config, dtype, extra, ("gfx942",), fast=False)
 
+    # Short lists of narrow layers.
+    for interaction, dim, widths in _SHORT:
+        config = UnitConfig(interaction, "dice", dim, widths, softmax=True)
+        assert tiled.fits_short(config, torch.bfloat16)
+        both, options = ("sm_80", "sm_90"), {"HAS_MASK": True, "HAS_ATTENTION": True}
+        kinds: list[tuple[str, Any, dict[str, Any]]] = [
+            ("forward", kernels.forward_tiled, {}),
+            ("forward-masked-attention", kernels.forward_tiled, options),
+            (f"statistics{len(widths) - 1}", kernels.statistics_tiled, {"LAYER": len(widths) - 1}),
+        ]
+        for name, kernel, extra in kinds:
+            yield _case(f"{name}-short", kernel, config, torch.bfloat16, extra, both, form=tiled.SHORT)
+            yield _case(
+                f"{name}-short-amd", kernel, config, torch.bfloat16, extra, ("gfx942",), fast=False, form=tiled.SHORT
+            )
     for interaction, activation, dim, widths, softmax in _FORWARD:
         config = UnitConfig(interaction, activation, dim, widths, softmax=softmax)
         fits = partial(tiled.fits, config, torch.bfloat16)

@@ -9,6 +9,7 @@ a list stays in that list.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,20 +32,49 @@ from .universal import (
     num_programs,
 )
 
-TILE, NUM_WARPS = 64, 4
+ITEM_ROWS = 64  # rows of a chunk are a multiple of this
 LOG2_E = 1.4426950408889634
 
 # Average length from which lists of the product interaction are worth a matrix of their own. Making it costs an item 450
 # to 750 instructions a warp and, as lists do not fill their last tile, half a tile besides, 35 more; it saves 15 (80-40,
 # sigmoid) to 35 (36, Dice) of the packed kernel's 32 to 75 instructions a row. They are even at 70 to 215 rows.
 PREFERRED_LENGTH = 160
+# Average length below which a tile has 16 rows and one warp to itself, where that fits. A row then takes as many
+# instructions, but an item's matrix (outer, 36, of 64 columns) 380 instead of four times 290, and half a tile is 8 rows
+# instead of 32. What speaks for four warps, twice as many of them on a processor, counts where tiles follow each other.
+SHORT_LENGTH = 128
 
 
-def is_tall(config: UnitConfig, capability: int) -> bool:
-    """Which of two products sums a tile (``kernels_tiled_forward.no_sum``). AMD counts as 80, but is better off flat, and
-    so is the one case in which the tall one spills."""
+@dataclass(frozen=True)
+class Form:
+    """Compile-time form of the kernels: rows of a tile, warps that share it, and whether the product that sums it is tall
+    (``kernels_tiled_forward.no_sum``)."""
+
+    rows: int = 64
+    num_warps: int = 4
+    tall: bool = False
+
+
+LONG, SHORT = Form(), Form(rows=16, num_warps=1)
+
+
+def long_form(config: UnitConfig, capability: int) -> Form:
+    """AMD counts as 80, but is better off with the flat product, and so is the one case in which the tall one spills."""
     spills = config.activation == "prelu" and config.embedding_dim > 64 and len(config.hidden_units) > 1
-    return capability < 90 and torch.version.hip is None and not spills
+    return Form(tall=capability < 90 and torch.version.hip is None and not spills)
+
+
+def average_length(config: UnitConfig, tensors: UnitTensors) -> int:
+    """As far as shapes tell: padded lists are taken to be half full, but masks are walked from end to end."""
+    if config.padded_length:
+        return config.padded_length if tensors.row_mask is not None else config.padded_length // 2
+    return tensors.keys.shape[0] // tensors.starts.numel()
+
+
+def form_of(config: UnitConfig, tensors: UnitTensors) -> Form:
+    if average_length(config, tensors) < SHORT_LENGTH and fits_short(config, tensors.keys.dtype):
+        return SHORT
+    return long_form(config, capability_of(tensors.keys.device))
 
 
 def _channels(config: UnitConfig) -> tuple[int, int]:
@@ -53,7 +83,7 @@ def _channels(config: UnitConfig) -> tuple[int, int]:
     return widths.a1 + widths.r1, widths.a2 + widths.r2
 
 
-def shape_constants(config: UnitConfig, *, tall: bool) -> dict[str, Any]:
+def shape_constants(config: UnitConfig, form: Form) -> dict[str, Any]:
     """HOIST1, HOIST2: Dice keeps four vectors per channel and PReLU two, where others keep one; with two layers those of
     the first, and where the keys come in two blocks or the sum is tall those of the second too, would be too many.
     Keys of up to 64 columns come in one block: two, 32 + 16 for 36, save no instructions and take twice the registers."""
@@ -62,21 +92,22 @@ def shape_constants(config: UnitConfig, *, tall: bool) -> dict[str, Any]:
     light = config.activation in ("sigmoid", "relu") or (config.activation == "prelu" and not (long and second))
     one_block = {} if long else {"AD": packed.next_power_of_two(config.embedding_dim), "RD": 0}
     return {
-        **packed.shape_constants(config), **one_block, "T": TILE, "VECTORS": PARAMETER_VECTORS[config.activation],
-        "OUTER": config.interaction == "outer", "TALL": tall,
+        **packed.shape_constants(config), **one_block, "T": form.rows, "VECTORS": PARAMETER_VECTORS[config.activation],
+        "OUTER": config.interaction == "outer", "TALL": form.tall,
         "HOIST1": light or short or (not second and first <= 80),
-        "HOIST2": light or short or not (tall or (long and config.uses_dice)),
+        "HOIST2": light or short or not (form.tall or (long and config.uses_dice)),
     }  # fmt: skip
 
 
-def launch_options(config: UnitConfig, dtype: torch.dtype, *, tall: bool, statistics: bool = False) -> dict[str, int]:
-    """Left alone, ptxas likes to spill a few bytes of ``statistics`` for the sake of one more program per processor; told
-    that it may use all registers, it does not. Of narrow forward kernels before sm_90 it takes more than it needs, and
-    three programs fit a processor if told not to."""
-    options = {"num_warps": NUM_WARPS, "num_stages": 2}
-    if statistics and torch.version.hip is None:
+def launch_options(config: UnitConfig, dtype: torch.dtype, form: Form, *, statistics: bool = False) -> dict[str, int]:
+    """Left alone, ptxas likes to spill a few bytes for the sake of one more program per processor; told that it may use all
+    registers, it does not. Of narrow forward kernels before sm_90 it takes more than it needs, and three programs fit a
+    processor if told not to."""
+    options = {"num_warps": form.num_warps, "num_stages": 2}
+    narrow = dtype != torch.float32 and config.embedding_dim <= 64 and sum(_channels(config)) <= 48
+    if torch.version.hip is None and (statistics or form == SHORT):
         options["maxnreg"] = 255
-    elif tall and dtype != torch.float32 and config.embedding_dim <= 64 and sum(_channels(config)) <= 48:
+    elif form.tall and narrow:
         options["maxnreg"] = 168
     return options
 
@@ -97,6 +128,11 @@ def fits(
     if capability < 90:
         return channels <= 64 and not masked
     return channels <= (128 if config.activation in ("sigmoid", "relu") and not masked else 64)
+
+
+def fits_short(config: UnitConfig, dtype: torch.dtype) -> bool:
+    """Whether one warp has the registers for what ``SHORT`` lets it hold of the matrices."""
+    return dtype != torch.float32 and sum(_channels(config)) <= 48
 
 
 def fits_statistics(
@@ -125,10 +161,8 @@ def serves(config: UnitConfig, tensors: UnitTensors, *, attention: bool) -> bool
 
 
 def prefers(config: UnitConfig, tensors: UnitTensors) -> bool:
-    """Whether the tiled forward is faster than the packed one where both can serve, as far as shapes tell: padded lists
-    are taken to be half full."""
-    length = config.padded_length // 2 or tensors.keys.shape[0] // tensors.starts.numel()
-    return length >= PREFERRED_LENGTH
+    """Whether the tiled forward is faster than the packed one where both can serve."""
+    return average_length(config, tensors) >= PREFERRED_LENGTH
 
 
 def serves_statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> bool:
@@ -161,7 +195,7 @@ def scaled_first_layer(config: UnitConfig, tensors: UnitTensors) -> FirstLayer:
 def rows_per_item(config: UnitConfig, tensors: UnitTensors, programs: int) -> int:
     """Rows of a chunk: as many as leave an item to each program, for each chunk makes A anew."""
     pairs = tensors.keys.shape[0] * config.candidates
-    rows = TILE
+    rows = ITEM_ROWS
     while rows < MAX_ITEM_ROWS and rows * 2 * programs <= pairs:
         rows *= 2
     return rows
@@ -172,11 +206,13 @@ class Tiled(Prepared):
 
     def __init__(self, config: UnitConfig, tensors: UnitTensors, *, layers: int) -> None:
         self.config, self.tensors = config, tensors
-        self.tiles = Tiling(TILE, 0, (0, 0, 0), packed.next_power_of_two(config.embedding_dim), NUM_WARPS)
+        self.form = form_of(config, tensors)
+        padded_dim = packed.next_power_of_two(config.embedding_dim)
+        self.tiles = Tiling(self.form.rows, 0, (0, 0, 0), padded_dim, self.form.num_warps)
         self.first = scaled_first_layer(config, tensors)
         self.query = tensors.query.contiguous()
         self.lists = tensors.starts.numel()
-        programs = num_programs(tensors.keys.device, FORWARD_WARPS // NUM_WARPS)
+        programs = num_programs(tensors.keys.device, min(8, FORWARD_WARPS // self.form.num_warps))
         self.items = make_items(config, tensors, rows_per_item(config, tensors, programs))
         self.most_programs = programs
         self.programs = max(1, min(programs, self.items.bound * config.candidates))
@@ -185,16 +221,15 @@ class Tiled(Prepared):
 
     def launch(self, kernel: Any, **arguments: Any) -> None:
         keys = self.tensors.keys
-        tall = is_tall(self.config, capability_of(keys.device))
         everything = {
-            **self.layer_operands(), **self.weight_strides(), **shape_constants(self.config, tall=tall), **arguments,
+            **self.layer_operands(), **self.weight_strides(), **shape_constants(self.config, self.form), **arguments,
             "HAS_MASK": self.tensors.row_mask is not None, "FAST": packed.fast_instructions(),
             "CONTIGUOUS": keys.is_contiguous(), "PRECISION": packed.kernel_precision(self.config, keys.dtype),
         }  # fmt: skip
         hoisted = everything["HOIST1"] and everything["HOIST2"]
         columns = 1 if hoisted else 3 * sum(self.config.hidden_units)
         gates = torch.empty(1 if hoisted else self.programs, columns, device=keys.device)
-        options = launch_options(self.config, keys.dtype, tall=tall, statistics="LAYER" in arguments)
+        options = launch_options(self.config, keys.dtype, self.form, statistics="LAYER" in arguments)
         kernel[(self.programs,)](**pick({**everything, "gates": gates}, kernel), **options)
 
 

@@ -1,12 +1,15 @@
 """Set-up shared by all tests.
 
 Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors, so the switch must be set before any kernel
-module is imported. With a GPU the same tests run on it, compiled.
+module is imported. With a GPU the tests that take ``device`` run on it, compiled; those that need the interpreter (mutants,
+the memory monitor, CPU tensors) are skipped there, and run with ``TRITON_INTERPRET=1``, as do then all.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from typing import Any
 
 import torch
 
@@ -16,11 +19,34 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from din_kernels._backend import interpreting
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels under test run: the GPU when there is one, otherwise the CPU (interpreter)."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
+
+
+# What the package says to CPU tensors, what Triton does behind it, and Triton where there is no GPU at all.
+_TOLD = ("was asked for but the tensors are on 'cpu'", "cannot be accessed from Triton", "0 active drivers")
+
+
+def _needs_the_interpreter(error: BaseException | None) -> bool:
+    """Whether ``error``, or what led to it, says that kernels cannot run on CPU tensors."""
+    return error is not None and (
+        any(told in str(error) for told in _TOLD) or _needs_the_interpreter(error.__cause__ or error.__context__)
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, Any, Any]:
+    try:
+        return (yield)
+    except Exception as error:
+        if not interpreting() and _needs_the_interpreter(error):
+            pytest.skip("runs kernels on CPU tensors, which takes the interpreter: TRITON_INTERPRET=1")
+        raise
 
 
 @pytest.fixture(autouse=True)

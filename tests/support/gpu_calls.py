@@ -96,6 +96,7 @@ for name, options in {
         "softmax": True, "return_weights": True,
     },
     "packed relu softmax, skewed rows": {"args": ("product", "relu", 16, (16,)), "softmax": True, "skew": 1},
+    "packed relu softmax, wide": {"args": ("product", "relu", 128, (128,)), "dtype": FP16, "softmax": True},
     "packed fp32 by tf32": {"args": ("product", "sigmoid", 16, (16,)), "dtype": FP32},
     "universal outer dice training, masked": {
         "args": ("outer", "dice", 18, (36, 16)), "dtype": FP32, "layout": "mask", "training": True

@@ -66,6 +66,15 @@ def test_calls_reach_the_gpu(results, name):
         assert launch["shared"] <= ARCHITECTURES["sm_90"].shared_per_block, launch
 
 
+@pytest.mark.parametrize("capability", [89, 120])
+def test_gpus_with_little_shared_memory(capability):
+    """A block has 99 KB on sm_86, sm_89 and sm_120, where sm_80 has 163 and sm_90 has 227."""
+    found = without_interpreter("tests.support.gpu_calls", "--only", "packed*wide", "--capability", str(capability))
+    for result in found.values():
+        assert result["error"] is None
+        assert max(launch["shared"] for launch in result["launches"]) <= 99 * 1024, result["launches"]
+
+
 def test_every_kernel_is_among_them(results):
     seen = {launch["kernel"] for result in results.values() for launch in result["launches"]}
     assert launched_names() - seen == set()

@@ -148,6 +148,8 @@ def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
     channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
     if config.embedding_dim > 128 or channels > 128:
         return False
+    if capability in (86, 89) and config.embedding_dim > 64:
+        return False  # fetched ahead, wide rows take up to 132 of the 99 KB of shared memory that a block has there
     if dtype == torch.float32:
         return config.precision == "tf32" and config.embedding_dim <= 64 and channels <= 48 and capability >= 90
     if config.activation in ("dice", "prelu") and channels > 64 and (widths.r1 or widths.r2):

@@ -84,13 +84,14 @@ def launch_options(tiles: Tiling, *, crowded: bool = False) -> dict[str, int]:
 
 @functools.cache
 def capability_of(device: torch.device) -> int:
-    """90 for sm_90; the interpreter counts as such, AMD as 80."""
+    """90 for sm_90; the interpreter counts as such, AMD as 80, and sm_120, which has the instructions and the shared memory
+    of sm_89, as that."""
     if device.type != "cuda":
         return 90
     if torch.version.hip is not None:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return 89 if major == 12 else 10 * major + minor
 
 
 @functools.cache

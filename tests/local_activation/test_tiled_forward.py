@@ -4,23 +4,20 @@ chunks of long lists, masks, candidates, and NaN that stays where it is."""
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import math
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import din_kernels.ops.local_activation as package
 from din_kernels.ops.local_activation import tiled, triton_impl
 from din_kernels.testing import jagged_lengths, widths
 from tests.support.memory_monitor import OutOfBounds, Race, memory_monitor
 
 from ._cases import Case, Spec, check_outputs, check_statistics, make_case
+from ._mutants import load_mutant
 from .test_universal_forward import SETTINGS
 
 pytest.importorskip("triton")
@@ -297,29 +294,8 @@ def test_dispatch(device, monkeypatch):
 
 @pytest.fixture
 def broken(monkeypatch, tmp_path):
-    """break(module, old, new): the tiled kernels with ``old`` replaced in that module, once or more."""
-
-    def load(module: str, old: str, new: str) -> None:
-        changed = False
-        for name in ("kernels_tiled_common", "kernels_tiled_forward"):  # both, for one imports from the other
-            source = Path(package.__file__).with_name(f"{name}.py").read_text()
-            if name == module:
-                changed = old in source
-                source = source.replace(old, new)
-            path = tmp_path / f"{name}.py"
-            path.write_text(source)
-            full = f"{package.__name__}.{name}"
-            importlib.import_module(full)
-            spec = importlib.util.spec_from_file_location(full, path)
-            assert spec is not None
-            assert spec.loader is not None
-            mutant = importlib.util.module_from_spec(spec)
-            monkeypatch.setitem(sys.modules, full, mutant)
-            monkeypatch.setattr(package, name, mutant)
-            spec.loader.exec_module(mutant)
-        assert changed, f"nothing to break: {old!r}"
-
-    return load
+    """break(module, old, new): the tiled kernels with ``old`` replaced in that module."""
+    return partial(load_mutant, monkeypatch, tmp_path, ("kernels_tiled_common", "kernels_tiled_forward"))
 
 
 MUTANT_SPEC = Spec((7, 0, 300), 6, (40, 20), "outer", "dice", softmax=True, training=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-import din_kernels.ops.local_activation as package
 from din_kernels.ops.local_activation import universal, universal_backward
 from tests.support.memory_monitor import OutOfBounds, Race, memory_monitor
 
 from ._cases import Spec, check_gradients, check_outputs, check_statistics, make_case
+from ._mutants import load_mutant
 
 pytest.importorskip("triton")
 
@@ -22,29 +19,8 @@ KERNELS = ("kernels_common", "kernels_universal_forward", "kernels_universal_bac
 
 @pytest.fixture
 def broken(monkeypatch, tmp_path):
-    """break(module, old, new): the kernels with ``old`` replaced in that module, once or more."""
-
-    def load(module: str, old: str, new: str) -> None:
-        changed = False
-        for name in KERNELS:  # all of them, for the later ones import from the first
-            source = Path(package.__file__).with_name(f"{name}.py").read_text()
-            if name == module:
-                changed = old in source
-                source = source.replace(old, new)
-            path = tmp_path / f"{name}.py"
-            path.write_text(source)
-            full = f"{package.__name__}.{name}"
-            importlib.import_module(full)
-            spec = importlib.util.spec_from_file_location(full, path)
-            assert spec is not None
-            assert spec.loader is not None
-            mutant = importlib.util.module_from_spec(spec)
-            monkeypatch.setitem(sys.modules, full, mutant)
-            monkeypatch.setattr(package, name, mutant)
-            spec.loader.exec_module(mutant)
-        assert changed, f"nothing to break: {old!r}"
-
-    return load
+    """break(module, old, new): the kernels with ``old`` replaced in that module."""
+    return partial(load_mutant, monkeypatch, tmp_path, KERNELS)
 
 
 def run(spec: Spec, *, backward: bool = True) -> None:

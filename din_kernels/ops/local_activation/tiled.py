@@ -36,8 +36,8 @@ ITEM_ROWS = 64  # rows of a chunk are a multiple of this
 LOG2_E = 1.4426950408889634
 
 # Average length from which lists of the product interaction are worth a matrix of their own. Making it costs an item 450
-# to 750 instructions a warp and, as lists do not fill their last tile, half a tile besides, 35 more; it saves 15 (80-40,
-# sigmoid) to 35 (36, Dice) of the packed kernel's 32 to 75 instructions a row. They are even at 70 to 215 rows.
+# to 750 instructions in each of four warps, and half a tile, 32 rows, goes empty besides; it saves 15 (80-40, sigmoid) to
+# 35 (36, Dice) of the packed kernel's 32 to 75 instructions a row. On sm_90 they are even at 70 to 215 rows.
 PREFERRED_LENGTH = 160
 # Average length below which a tile has 16 rows and one warp to itself, where that fits. A row then takes as many
 # instructions, but an item's matrix (outer, 36, of 64 columns) 380 instead of four times 290, and half a tile is 8 rows

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._launch import on_device
+from ..._launch import FUSED, on_device
 from . import kernels, kernels_backward
 
 TILE = 4096  # elements of a tile: 16 a thread
@@ -69,7 +69,7 @@ def tiling(rows: int, width: int, itemsize: int, processors: int, *, heavy: bool
 def launch_options(*, crowded: bool = True) -> dict[str, int]:
     """Left alone, ptxas may spill a few bytes for the sake of a third program per processor, or let one have all its
     registers. The tiling counts on two; a launch of few programs (not ``crowded``) may use all registers."""
-    options = {"num_warps": NUM_WARPS, "num_stages": 1}
+    options: dict[str, int] = {"num_warps": NUM_WARPS, "num_stages": 1, **FUSED}
     if torch.version.hip is None:
         options["maxnreg"] = 128 if crowded else 255
     return options

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import interpreting
-from ..._launch import on_device
+from ..._launch import FUSED, on_device
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import ACTIVATION_CODES, capability_of, num_programs
 
@@ -174,7 +174,7 @@ def serves(config: UnitConfig, tensors: UnitTensors) -> bool:
 def launch_options(config: UnitConfig) -> dict[str, int]:
     """Two tiles ahead where registers allow, one otherwise."""
     light = shape_constants(config)["HOIST"] and not config.softmax
-    return {"num_warps": 4, "num_stages": 3 if light else 2}
+    return {"num_warps": 4, "num_stages": 3 if light else 2, **FUSED}
 
 
 class Packed:

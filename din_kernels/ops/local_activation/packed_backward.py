@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import on_device
+from ..._launch import FUSED, on_device
 from . import universal_backward
 from .factorise import FirstLayerGradients, first_layer_backward
 from .packed import FINISH_LISTS, TILE, Packed, next_power_of_two, serves, widths_of
@@ -21,8 +21,8 @@ LOG2_E = 1.4426950408889634
 BETWEEN_BYTES = 24 << 20
 
 # Kernels with much to keep run without fetching ahead; the sums over rows, with two tiles ahead.
-ROW_OPTIONS = {"num_warps": 4, "num_stages": 1}
-SUM_OPTIONS = {"num_warps": 4, "num_stages": 3}
+ROW_OPTIONS: dict[str, int] = {"num_warps": 4, "num_stages": 1, **FUSED}
+SUM_OPTIONS: dict[str, int] = {"num_warps": 4, "num_stages": 3, **FUSED}
 
 
 def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import on_device
+from ..._launch import FUSED, on_device
 from .factorise import FirstLayer, first_layer
 from .items import Items, make_items, rows_per_item
 from .problem import UnitConfig, UnitOutputs, UnitTensors
@@ -76,7 +76,7 @@ def launch_options(tiles: Tiling, *, crowded: bool = False) -> dict[str, int]:
     Left alone, ptxas likes to spill a few bytes for the sake of one more program per processor; told that it may
     use all registers, it does not. A ``crowded`` kernel of eight warps needs them all anyway, and is scheduled better
     untold."""
-    options = {"num_warps": tiles.num_warps, "num_stages": 1}
+    options: dict[str, int] = {"num_warps": tiles.num_warps, "num_stages": 1, **FUSED}
     if torch.version.hip is None and not (crowded and tiles.num_warps == 8):
         options["maxnreg"] = 255
     return options

@@ -221,6 +221,7 @@ def _launch_update(
         "BIAS_POINTER": isinstance(hyper["bias"], Tensor),
         "SEED_POINTER": isinstance(hyper["seed"], Tensor),
         "num_warps": config.num_warps,
+        **_launch.FUSED,
     }
     with _launch.on_device(weight):
         kernels.update_chunks[(-(-chunks // config.lanes),)](

@@ -98,6 +98,8 @@ def _at(tensor: Tensor, index: Any) -> Tensor:
             tensor = torch.ops.aten.slice.Tensor(tensor, dim, at.start, at.stop, at.step or 1)
         elif at is None:
             tensor = tensor.unsqueeze(dim)
+        elif isinstance(at, Tensor):
+            tensor = torch.ops.aten.index.Tensor(tensor, [None] * dim + [at])
         else:
             raise NotImplementedError(f"index {at!r}")
         dim += 1

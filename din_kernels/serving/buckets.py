@@ -111,7 +111,8 @@ class Captured:
                 self._run(self.inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # The stream names the device, whatever the current one is; what other threads do to theirs does not matter.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._output = self._run(self.inputs)
 
     def __call__(self, requests: Sequence[Request]) -> Tensor:

@@ -1,5 +1,5 @@
 # make demo    train a Deep Interest Network on MovieLens-100k, unfused and fused side by side
-# make test    every check that needs no GPU (with a GPU: the same checks on it)
+# make test    every check that needs no GPU; with one, the kernels' checks on it (TRITON_INTERPRET=1: all, in the interpreter)
 # make lint    ruff and mypy
 # make bench   benchmarks on the CPU            make bench-gpu   parity, then benchmarks, on the GPU
 # make peers   also install the libraries that the converters are compared with

@@ -31,8 +31,8 @@ def load_item_matrix(first, product, query, d, n, D: tl.constexpr, H: tl.constex
                      OUTER: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """Block of a query row's A, laid out [d, n], scaled, as the operand of a product.
 
-    Outer interaction: ``first`` is the query row's own matrix [H, D], scaled already (``tiled.first_operands``). Product:
-    ``first`` and ``product`` are the parts that all share, W_k − W_d and W_p, and ``query`` the query row."""
+    Outer interaction: ``first`` is the query row's own matrix [H, D], scaled already (``tiled.scaled_first_layer``).
+    Product: ``first`` and ``product`` are the parts that all share, W_k − W_d and W_p, and ``query`` the query row."""
     inside = (d < D)[:, None] & (n < H)[None, :]
     at = n[None, :] * D + d[:, None]
     a = tl.load(first + at, mask=inside, other=0.0)

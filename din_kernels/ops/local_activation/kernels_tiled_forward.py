@@ -77,9 +77,8 @@ def forward_tiled(
     HOIST1: tl.constexpr, HOIST2: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     """One or two hidden layers (H2 = 0); each program takes every P-th item. Results go where
-    ``kernels_universal_forward.forward_items`` puts them. HOIST1,
-    HOIST2: the vectors that the activation of the first or second layer takes fit into registers for good; else each tile
-    reads them anew from ``gates`` [P, 3 (H1 + H2)]."""
+    ``kernels_universal_forward.forward_items`` puts them. HOIST1, HOIST2: the vectors that the activation of the first or
+    second layer takes fit into registers for good; else each tile reads them anew from ``gates`` [P, 3 (H1 + H2)]."""
     dtype: tl.constexpr = keys.dtype.element_ty
     TWO: tl.constexpr = H2 > 0
     TOP_H: tl.constexpr = H2 if TWO else H1
@@ -134,7 +133,7 @@ def forward_tiled(
             total_r = no_sum(RD, TALL)
         top = tl.full([], float("-inf"), tl.float32)
         denominators = tl.zeros([T], tl.float32)
-        # As much as 0 for all that compilers know: what a tile reads again is not to be kept in registers after all.
+        # ``again`` is 0, but no compiler can know: what a tile reads again is not to be kept in registers after all.
         zero = fresh_origin(chunk_offsets)
         for row0 in tl.range(zero, rows, T):
             row = row0 + lane
@@ -177,9 +176,9 @@ def forward_tiled(
                 score = tl.where(live, score * LOG2_E, float("-inf"))
                 new_top = tl.maximum(top, tl.max(score, axis=0))
                 # A tile may hold no real row at all: −inf − (−inf) would be NaN.
-                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-                shrink = tl.exp2(top - shift)
-                weight = tl.exp2(score - shift)
+                level = tl.where(new_top == float("-inf"), 0.0, new_top)
+                shrink = tl.exp2(top - level)
+                weight = tl.exp2(score - level)
                 denominators = denominators * shrink + weight
                 total_a = total_a * shrink
                 if RD > 0:
@@ -315,11 +314,11 @@ def statistics_tiled(
             mean_a, m2_a = add_rows(mean_a, m2_a, z_a, live, share, cross, HAS_MASK)
             if R > 0:
                 mean_r, m2_r = add_rows(mean_r, m2_r, z_r, live, share, cross, HAS_MASK)
-    total = tl.sum(count, axis=0)
-    tl.store(counts + tl.program_id(0), total.to(tl.int64))
+    seen = tl.sum(count.to(tl.int32), axis=0)
+    tl.store(counts + tl.program_id(0), seen.to(tl.int64))
     means += tl.program_id(0).to(tl.int64) * H
     m2s += tl.program_id(0).to(tl.int64) * H
-    share = count / tl.maximum(total, 1.0)
+    share = count / tl.maximum(seen, 1)
     store_moments(means, m2s, mean_a, m2_a, count, share, tl.arange(0, A), H)
     if R > 0:
         store_moments(means, m2s, mean_r, m2_r, count, share, A + tl.arange(0, R), H)

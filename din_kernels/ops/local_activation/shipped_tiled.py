@@ -88,7 +88,7 @@ def _case(
         f"{precision}",
         kernel=kernel, signature=signature, constexprs=constants, rows=form.rows, targets=targets,
         aligned=tuple(a for a, k in signature.items() if k.startswith("*") and a not in ("starts", "ends")),
-        num_warps=options.pop("num_warps"), num_stages=options.pop("num_stages"), options=options if fast else {},
+        num_warps=options.pop("num_warps"), num_stages=options.pop("num_stages"), options=options,
     )  # fmt: skip
 
 

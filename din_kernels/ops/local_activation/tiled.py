@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import on_device
+from ..._launch import FUSED, on_device
 from . import packed
 from .factorise import FirstLayer, first_layer
 from .items import MAX_ITEM_ROWS, make_items
@@ -103,7 +103,7 @@ def launch_options(config: UnitConfig, dtype: torch.dtype, form: Form, *, statis
     """Left alone, ptxas likes to spill a few bytes for the sake of one more program per processor; told that it may use all
     registers, it does not. Of narrow forward kernels before sm_90 it takes more than it needs, and three programs fit a
     processor if told not to."""
-    options = {"num_warps": form.num_warps, "num_stages": 2}
+    options: dict[str, int] = {"num_warps": form.num_warps, "num_stages": 2, **FUSED}
     narrow = dtype != torch.float32 and config.embedding_dim <= 64 and sum(_channels(config)) <= 48
     if torch.version.hip is None and (statistics or form == SHORT):
         options["maxnreg"] = 255

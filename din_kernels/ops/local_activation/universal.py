@@ -137,10 +137,14 @@ def scratch_columns(config: UnitConfig, tiles: Tiling, layers: int) -> int:
 class Prepared:
     """The operands of one call in the form the kernels read."""
 
-    def __init__(self, config: UnitConfig, tensors: UnitTensors, *, layers: int, backward: bool = False) -> None:
+    def __init__(
+        self, config: UnitConfig, tensors: UnitTensors, *, layers: int, backward: bool = False,
+        tiles: Tiling | None = None,
+    ) -> None:  # fmt: skip
+        """``tiles``: other than those of the universal kernels."""
         keys = tensors.keys
         self.config, self.tensors = config, tensors
-        self.tiles = tiling(config, keys.dtype, backward=backward, capability=capability_of(keys.device))
+        self.tiles = tiles or tiling(config, keys.dtype, backward=backward, capability=capability_of(keys.device))
         self.first: FirstLayer = first_layer(config, tensors)
         self.query = tensors.query.contiguous()
         self.lists = tensors.starts.numel()

@@ -25,8 +25,9 @@ def private_columns(config: UnitConfig) -> int:
     return 2 * sum(widths) + widths[-1] + 1 + upper + first
 
 
-class _Backward:
-    """One call: operands shared by the passes that gather Dice's sums and by the main one."""
+class Backward:
+    """One call: operands shared by the passes that gather Dice's sums and by the main one. What is the universal
+    kernel's alone is in the methods up to ``launch``, which the tiled path has its own of."""
 
     def __init__(
         self, config: UnitConfig, tensors: UnitTensors, saved: UnitOutputs, grad_pooled: Tensor,
@@ -34,12 +35,11 @@ class _Backward:
     ) -> None:  # fmt: skip
         keys = tensors.keys
         self.config, self.tensors, self.inv_count = config, tensors, inv_count
-        depth = len(config.hidden_units)
-        self.call = Prepared(config, tensors, layers=depth, backward=True)
-        call, tiles = self.call, self.call.tiles
+        self.call = self.prepare()
+        call = self.call
         most = call.most_programs
         self.groups = max(1, min(config.candidates, most // max(1, call.items.bound)))
-        self.columns = private_columns(config)
+        self.columns = self.private_columns()
         least = num_programs(keys.device, 1)
         most = min(most, max(least, PRIVATE_BYTES // (4 * self.columns)))
         call.programs = max(1, min(most, call.items.bound * self.groups))
@@ -49,18 +49,45 @@ class _Backward:
         self.delta = self._delta(saved) if config.softmax else call.params
         self.sums = torch.zeros(2 * sum(config.hidden_units), device=keys.device)
         nothing = call.params
-        hidden = scratch_columns(config, tiles, depth)
         self.arguments: dict[str, Any] = {
-            **call.layer_operands(), **call.weight_strides(), **call.constants(),
+            **call.layer_operands(), **call.weight_strides(),
             "grad_pooled": self.grad_pooled,
             "grad_weights": nothing if self.grad_weights is None else self.grad_weights,
             "log_normaliser": nothing if saved.log_normaliser is None else saved.log_normaliser.contiguous(),
             "delta": self.delta, "sums": self.sums,
-            "inputs_scratch": call.scratch(hidden, torch.float32), "hidden_scratch": call.scratch(2 * hidden),
             "num_rows": keys.shape[0], "groups": self.groups, "scale": float(config.scale),
-            "DEPTH": depth, "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,
+            "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,
             "BATCH_STATISTICS": inv_count is not None, "MANY": config.candidates > 1,
         }  # fmt: skip
+        self.arguments |= self.kernel_arguments()
+
+    def private_columns(self) -> int:
+        return private_columns(self.config)
+
+    def in_order(self, sums: Tensor) -> Tensor:
+        """A row of ``private`` in the order of kernels_universal_backward.py."""
+        return sums
+
+    def prepare(self) -> Prepared:
+        return Prepared(self.config, self.tensors, layers=len(self.config.hidden_units), backward=True)
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        """What this kernel takes besides."""
+        depth, call = len(self.config.hidden_units), self.call
+        hidden = scratch_columns(self.config, call.tiles, depth)
+        many = self.config.candidates > 1
+        return {
+            **call.constants(), "DEPTH": depth,
+            "inputs_scratch": call.scratch(hidden, torch.float32), "hidden_scratch": call.scratch(2 * hidden),
+            "keys_scratch": call.scratch(self.config.embedding_dim, torch.float32) if many else call.params,
+        }  # fmt: skip
+
+    def launch(self, gather: int, **arguments: Any) -> None:
+        from . import kernels_universal_backward as kernels
+
+        kernels.backward_items[(self.call.programs,)](
+            **self.arguments, **arguments, GATHER=gather, **launch_options(self.call.tiles, crowded=gather < 0)
+        )
 
     def _add_slots(self, slots: Tensor) -> None:
         """slots [·, …]: afterwards the first Q are complete."""
@@ -98,23 +125,21 @@ class _Backward:
 
     def gather(self, layer: int) -> None:
         """Dice's two sums of ``layer`` times 1/count, for the passes that follow."""
-        from . import kernels_universal_backward as kernels
-
         assert self.inv_count is not None
         width, before = self.config.hidden_units[layer], sum(self.config.hidden_units[:layer])
         private = torch.zeros(self.call.programs, 2 * width, device=self.sums.device)
         unused = self.call.params
         with on_device(self.tensors.keys):
-            kernels.backward_items[(self.call.programs,)](
-                **self.arguments, private=private, private_size=2 * width, offset_slots=unused, first_slots=unused,
-                grad_keys=unused, keys_scratch=unused, GATHER=layer, **launch_options(self.call.tiles),
-            )  # fmt: skip
+            self.launch(layer, private=private, private_size=2 * width, offset_slots=unused, first_slots=unused,
+                        grad_keys=unused)  # fmt: skip
         torch.mul(private.sum(0), self.inv_count, out=self.sums[2 * before : 2 * (before + width)])
+
+    def gather_all(self) -> None:
+        for layer in reversed(range(len(self.config.hidden_units))):
+            self.gather(layer)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(sums of the programs [columns], γ [Q, H1], first-layer gradient per query row, gradient of keys)."""
-        from . import kernels_universal_backward as kernels
-
         config, call, keys = self.config, self.call, self.tensors.keys
         rows, dim = keys.shape
         width, queries = config.hidden_units[0], self.tensors.query.shape[0]
@@ -126,22 +151,17 @@ class _Backward:
         make = torch.zeros if config.padded_length else torch.empty
         dtype = keys.dtype if self.groups == 1 else torch.float32
         grad_keys = make(self.groups * rows, dim, dtype=dtype, device=keys.device)
-        many = config.candidates > 1
         with on_device(keys):
-            kernels.backward_items[(call.programs,)](
-                **self.arguments, private=private, private_size=self.columns,
-                offset_slots=offset_slots, first_slots=first_slots, grad_keys=grad_keys,
-                keys_scratch=call.scratch(dim, torch.float32) if many else call.params, GATHER=-1,
-                **launch_options(call.tiles, crowded=True),
-            )  # fmt: skip
+            self.launch(-1, private=private, private_size=self.columns, offset_slots=offset_slots,
+                        first_slots=first_slots, grad_keys=grad_keys)  # fmt: skip
             self._add_slots(offset_slots)
             self._add_slots(first_slots)
         if self.groups > 1:
             grad_keys = grad_keys.view(self.groups, rows, dim).sum(0).to(keys.dtype)
-        return private.sum(0), offset_slots[:queries], first_slots[:queries], grad_keys
+        return self.in_order(private.sum(0)), offset_slots[:queries], first_slots[:queries], grad_keys
 
 
-def _zeros(tensors: UnitTensors) -> UnitGradients:
+def zeros(tensors: UnitTensors) -> UnitGradients:
     def like(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
@@ -163,9 +183,8 @@ def dice_sums(
 ) -> Tensor:  # fmt: skip
     """Σ dx̂ and Σ dx̂ · x̂ of every Dice layer, times 1 / count: [H1, H1, H2, H2, …] flat. What batch statistics add
     to the gradients."""
-    work = _Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
-    for layer in reversed(range(len(config.hidden_units))):
-        work.gather(layer)
+    work = Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+    work.gather_all()
     return work.sums
 
 
@@ -180,12 +199,16 @@ def backward(
     """Gradients of everything; ``saved.weights`` is needed with ``grad_weights`` and softmax. See
     torch_impl.backward."""
     if tensors.query.shape[0] == 0:
-        return _zeros(tensors)
-    work = _Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+        return zeros(tensors)
+    return gradients(Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count))
+
+
+def gradients(work: Backward) -> UnitGradients:
+    """Every pass of ``work``, and its results put together."""
+    config, tensors = work.config, work.tensors
     depth, dim = len(config.hidden_units), config.embedding_dim
-    if inv_count is not None:
-        for layer in reversed(range(depth)):
-            work.gather(layer)
+    if work.inv_count is not None:
+        work.gather_all()
     sums, offset, per_query, grad_keys = work.run()
 
     # The row of sums, piece by piece.

@@ -1,0 +1,112 @@
+"""Launches of the tiled backward kernel (``kernels_tiled_backward.py``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._launch import FUSED
+from . import packed, universal_backward
+from .packed_backward import pick
+from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
+from .universal import PARAMETER_VECTORS, Prepared, Tiling, capability_of
+
+TILE, NUM_WARPS, NUM_STAGES = 64, 4, 2
+GATES = 7  # as in kernels_tiled_backward.py
+
+
+def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
+    """As ``packed.fits``, for the tiled backward kernel (``shipped.compile_cases`` holds it to that)."""
+    widths = packed.widths_of(config)
+    if dtype == torch.float32 or config.embedding_dim > 64 or len(config.hidden_units) > 1:
+        return False
+    return widths.a1 + widths.r1 <= 48
+
+
+def serves_backward(config: UnitConfig, tensors: UnitTensors) -> bool:
+    """Whether the tiled backward takes this call; the universal kernels take all others."""
+    if len(config.hidden_units) > 2 or config.candidates > 1 or tensors.gathered is not None:
+        return False
+    if tensors.query.shape[0] == 0 or tensors.keys.shape[0] == 0:
+        return False
+    return fits(config, tensors.keys.dtype, capability_of(tensors.keys.device))
+
+
+def tiles_of(config: UnitConfig) -> Tiling:
+    """The part of ``Tiling`` that launches use; blocks of columns are ``packed.Widths``."""
+    return Tiling(TILE, 0, (0, 0, 0), packed.next_power_of_two(config.embedding_dim), NUM_WARPS)
+
+
+def launch_options() -> dict[str, int]:
+    return {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, **FUSED}
+
+
+def shape_constants(config: UnitConfig) -> dict[str, Any]:
+    return {
+        **packed.shape_constants(config), "T": TILE, "VECTORS": PARAMETER_VECTORS[config.activation],
+        "OUTER": config.interaction == "outer",
+    }  # fmt: skip
+
+
+class Backward(universal_backward.Backward):
+    """One call of the tiled kernel."""
+
+    def prepare(self) -> Prepared:
+        config = self.config
+        return Prepared(config, self.tensors, layers=len(config.hidden_units), tiles=tiles_of(config), backward=True)
+
+    def private_columns(self) -> int:
+        """In whole steps of 16, so that matrices are aligned."""
+        return -(-universal_backward.private_columns(self.config) // 16) * 16
+
+    def in_order(self, sums: Tensor) -> Tensor:
+        widths = self.config.hidden_units
+        columns, vectors = universal_backward.private_columns(self.config), 2 * sum(widths) + widths[-1] + 1
+        return torch.cat([sums[columns - vectors : columns], sums[: columns - vectors]])
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        config, call, keys = self.config, self.call, self.tensors.keys
+        widths, rows = packed.widths_of(config), keys.shape[0]
+        first, second = widths.a1 + widths.r1, widths.a2 + widths.r2
+        dz1 = keys.new_empty(rows, first)
+        return {
+            **shape_constants(config), "HAS_MASK": self.tensors.row_mask is not None,
+            "PRECISION": packed.kernel_precision(config, keys.dtype), "FAST": packed.fast_instructions(),
+            "CONTIGUOUS": packed.is_contiguous(keys),
+            "attention": torch.empty(rows, device=keys.device), "dz1": dz1,
+            "h1": keys.new_empty(rows, first) if second else dz1, "dz2": keys.new_empty(rows, second) if second else dz1,
+            "gates": torch.empty(call.programs, GATES * sum(config.hidden_units), device=keys.device),
+        }  # fmt: skip
+
+    def launch(self, gather: int, **arguments: Any) -> None:
+        from . import kernels_tiled_backward as kernels
+
+        kernel = kernels.backward_tiled
+        everything = {**self.arguments, **arguments, "GATHER": gather, "PRIVATE": arguments["private"].shape[1]}
+        everything = pick(everything, kernel)
+        for step in range(1, 2 if gather >= 0 else 2 + len(self.config.hidden_units)):
+            kernel[(self.call.programs,)](**everything, STEP=step, **launch_options())
+
+
+def dice_sums(
+    config: UnitConfig, tensors: UnitTensors, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None,
+    inv_count: Tensor,
+) -> Tensor:  # fmt: skip
+    """As ``universal_backward.dice_sums``."""
+    work = Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+    work.gather_all()
+    return work.sums
+
+
+def backward(
+    config: UnitConfig,
+    tensors: UnitTensors,
+    saved: UnitOutputs,
+    grad_pooled: Tensor,
+    grad_weights: Tensor | None,
+    inv_count: Tensor | None,
+) -> UnitGradients:
+    """Gradients of everything; see torch_impl.backward."""
+    return universal_backward.gradients(Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count))

@@ -169,6 +169,7 @@ def test_lengths_never_recompile(monkeypatch):
     every kernel, whatever the batch."""
     from din_kernels.ops.local_activation import kernels_packed_backward as down
     from din_kernels.ops.local_activation import kernels_packed_forward as up
+    from din_kernels.ops.local_activation import kernels_packed_fp32 as fp32
     from din_kernels.ops.local_activation import kernels_packed_tables as tables
 
     seen: dict[str, set] = {}
@@ -193,6 +194,7 @@ def test_lengths_never_recompile(monkeypatch):
     names = {
         tables: ("sum_slots", "make_tables", "fill_slots"),
         up: ("forward_packed", "normalise_packed"),
+        fp32: ("forward_packed_fp32",),
         down: ("backward_scores", "backward_inputs", "first_layer_sums", "second_layer_sums"),
     }
     for module, kernels in names.items():
@@ -201,6 +203,8 @@ def test_lengths_never_recompile(monkeypatch):
     for lengths, scale in (((1,), 1.0), ((5, 0, 17), 0.5), ((16,) * 4, 1.0), ((150, 2), 2.0)):
         case = make_case(Spec(lengths, 8, (16, 8), softmax=True, scale=scale))
         packed.forward(case.config, case.tensors, return_weights=True)
+        short = make_case(Spec(lengths, 8, (16, 8), softmax=True, scale=scale, dtype=torch.bfloat16))
+        packed.forward(short.config, short.tensors, return_weights=False)
         run_backward(case)
     assert seen.keys() == {name for kernels in names.values() for name in kernels}
     for name, keys in seen.items():
@@ -217,7 +221,12 @@ def test_the_names_left_free_are_marked():
     """FREE above is what the sources say."""
     from din_kernels.ops.local_activation import kernels_packed_tables
 
-    for module in ("kernels_packed_tables", "kernels_packed_forward", "kernels_packed_backward"):
+    for module in (
+        "kernels_packed_tables",
+        "kernels_packed_forward",
+        "kernels_packed_fp32",
+        "kernels_packed_backward",
+    ):
         source = Path(inspect.getfile(kernels_packed_tables)).with_name(f"{module}.py").read_text()
         marks = re.findall(r"do_not_specialize=\[(.*?)\]", source, re.S)
         kernels = re.findall(r"@triton\.jit\(do_not_specialize.*?\ndef (\w+)\((.*?)\):", source, re.S)

@@ -144,24 +144,25 @@ def test_memory(spec):
     for order in (None, "reverse", 3):
         with memory_monitor(order=order) as monitor:
             found = run_forward(case)
-        assert {"make_tables", "forward_packed", "finish_packed"} <= set(monitor.kernels())
+        kernel = "forward_packed_fp32" if spec.dtype == torch.float32 else "forward_packed"
+        assert {"make_tables", kernel, "finish_packed"} <= set(monitor.kernels())
         for one, other in zip(expected, found, strict=True):
             assert (one is None and other is None) or torch.equal(one, other)
 
 
 def test_each_behaviour_is_read_once():
     """Keys are loaded once, without their padding, whatever lists a tile meets."""
-    spec = Spec(lengths=(30, 0, 100, 7), dim=16, hidden=(16,), layout="padded")
+    spec = Spec(lengths=(30, 0, 100, 7), dim=16, hidden=(16,), layout="padded", dtype=torch.bfloat16)
     case = make_case(spec)
     with memory_monitor() as monitor:
         run_forward(case, return_weights=False)
     loads = monitor.traffic("forward_packed", "keys").loads
-    assert loads.unique == sum(spec.lengths) * spec.dim * 4
+    assert loads.unique == sum(spec.lengths) * spec.dim * 2
 
 
 def test_dispatch(device, monkeypatch):
-    """16-bit calls of the product interaction go here; masks and outer products to the tiled kernels, and three layers,
-    wide embeddings and fp32 to the universal ones."""
+    """Calls of the product interaction go here; masks and outer products to the tiled kernels, and three layers, wide
+    embeddings and wide layers of fp32 to the universal ones."""
     taken = []
     monkeypatch.setattr(triton_impl.tiled, "forward", lambda *a, **k: taken.append("tiled"))
     monkeypatch.setattr(packed, "forward", lambda *a, **k: taken.append("packed"))
@@ -174,7 +175,8 @@ def test_dispatch(device, monkeypatch):
         (dataclasses.replace(served, interaction="outer"), "tiled"),
         (dataclasses.replace(served, hidden=(8, 8, 8)), "universal"),
         (dataclasses.replace(served, dim=136), "universal"),
-        (dataclasses.replace(served, dtype=torch.float32), "universal"),
+        (dataclasses.replace(served, dtype=torch.float32), "packed"),
+        (dataclasses.replace(served, dtype=torch.float32, hidden=(80, 40)), "universal"),
     ]:
         case = make_case(spec, device)
         triton_impl.forward(case.config, case.tensors, return_weights=False)

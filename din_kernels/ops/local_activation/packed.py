@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..._backend import interpreting
 from ..._launch import FUSED, on_device
+from .factorise import first_layer
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import ACTIVATION_CODES, capability_of, num_programs
 
@@ -45,6 +46,11 @@ def split(width: int) -> tuple[int, int]:
 def split_dim(dim: int) -> tuple[int, int]:
     """The same for the embedding, of which no block is wider than 64 columns: operands of the tile are that wide."""
     return (64, 64) if split(dim) == (128, 0) else split(dim)
+
+
+def split_dim_fp32(dim: int) -> tuple[int, int]:
+    """For the kernel of fp32: 32 columns at a time, for which it has registers."""
+    return (32, 32) if 32 < dim <= 64 else split_dim(dim)
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,14 @@ def kernel_precision(config: UnitConfig, dtype: torch.dtype) -> str:
     return "tf32" if config.precision == "tf32" else "tf32x3"
 
 
+def fp32_constants(config: UnitConfig) -> dict[str, Any]:
+    """Those of ``shape_constants`` and of the precision, for the forward kernel of fp32."""
+    constants = shape_constants(config)
+    del constants["HOIST"]
+    block, rest = split_dim_fp32(config.embedding_dim)
+    return {**constants, "AD": block, "RD": rest, "PRECISION": "tf32" if config.precision == "tf32" else "split"}
+
+
 def is_contiguous(rows: Tensor) -> bool:
     """Whether kernels may take rows for D apart, with addresses in 32 bits."""
     return rows.is_contiguous() and rows.numel() <= INT32
@@ -142,8 +156,9 @@ def is_contiguous(rows: Tensor) -> bool:
 def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
     """Whether the forward kernel of these widths keeps within the registers (``shipped.compile_cases`` holds it to that).
 
-    Weights and inputs of fp32 take twice the place of 16-bit ones, and products as exact as fp32 several times that; so
-    of fp32 only tf32 with one narrow layer is here. Dice keeps four vectors per channel where others keep one."""
+    Weights and inputs of fp32 take twice the place of 16-bit ones, and those split for products as exact as fp32 four
+    times; so of fp32 only embeddings of up to 64 columns are here, and two layers only if each is one block. Dice keeps
+    four vectors per channel where others keep one."""
     widths = widths_of(config)
     channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
     if config.embedding_dim > 128 or channels > 128:
@@ -151,7 +166,10 @@ def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
     if capability in (86, 89) and config.embedding_dim > 64:
         return False  # fetched ahead, wide rows take up to 132 of the 99 KB of shared memory that a block has there
     if dtype == torch.float32:
-        return config.precision == "tf32" and config.embedding_dim <= 64 and channels <= 48 and capability >= 90
+        light = config.precision == "tf32" or config.activation in ("sigmoid", "relu")
+        whole = widths.r1 == widths.r2 == 0 and max(widths.a1, widths.a2) <= 64
+        fitting = channels <= 48 or (whole and (channels <= 64 or light))
+        return config.embedding_dim <= 64 and capability >= 90 and fitting
     if config.activation in ("dice", "prelu") and channels > 64 and (widths.r1 or widths.r2):
         return config.embedding_dim <= 64 and capability >= 90
     return True
@@ -175,6 +193,10 @@ def launch_options(config: UnitConfig) -> dict[str, int]:
     """Two tiles ahead where registers allow, one otherwise."""
     light = shape_constants(config)["HOIST"] and not config.softmax
     return {"num_warps": 4, "num_stages": 3 if light else 2, **FUSED}
+
+
+# The kernel of fp32 has no registers left to fetch ahead.
+FP32_OPTIONS: dict[str, int] = {"num_warps": 4, "num_stages": 1, **FUSED}
 
 
 class Packed:
@@ -229,6 +251,7 @@ class Packed:
 
 def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
     from . import kernels_packed_forward as kernels
+    from . import kernels_packed_fp32 as fp32_kernels
 
     keys, queries, dim = tensors.keys, tensors.query.shape[0], config.embedding_dim
     device, softmax = keys.device, config.softmax
@@ -245,12 +268,18 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
         carry = torch.empty(2 * tiles, dim, device=device)
         carry_softmax = torch.empty(2 * tiles if softmax else 1, 2, device=device)
         programs = max(1, min(tiles, num_programs(device, 4)))
-        kernels.forward_packed[(programs,)](
+        operands: dict[str, Any] = {
             **call.layer_operands(), **call.tables.operands(), **call.weight_operands(),
-            pooled=pooled, log_normaliser=log_normaliser, carry=carry, carry_softmax=carry_softmax,
-            attention=pooled if attention is None else attention, scale=float(config.scale),
-            SOFTMAX=softmax, HAS_ATTENTION=return_weights, **call.constants(), **launch_options(config),
-        )  # fmt: skip
+            "pooled": pooled, "log_normaliser": log_normaliser, "carry": carry, "carry_softmax": carry_softmax,
+            "attention": pooled if attention is None else attention, "scale": float(config.scale),
+            "SOFTMAX": softmax, "HAS_ATTENTION": return_weights, **call.constants(),
+        }  # fmt: skip
+        if keys.dtype == torch.float32:
+            del operands["bias1"], operands["HOIST"]
+            operands |= {"offset": first_layer(config, tensors).offset, **fp32_constants(config)}
+            fp32_kernels.forward_packed_fp32[(programs,)](**operands, **FP32_OPTIONS)
+        else:
+            kernels.forward_packed[(programs,)](**operands, **launch_options(config))
         kernels.finish_packed[(-(-queries // FINISH_LISTS),)](
             carry, carry_softmax, call.tables.first_slot, pooled, log_normaliser, queries,
             D=dim, BLOCK_D=next_power_of_two(dim), LISTS=FINISH_LISTS, SOFTMAX=softmax, num_warps=4,

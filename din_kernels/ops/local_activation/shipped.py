@@ -138,6 +138,18 @@ _PACKED: tuple[tuple[str, int, tuple[int, ...], bool], ...] = (
     ("dice", 64, (36,), True),
     ("dice", 64, (80, 40), False),
 )
+# The same with the precision of fp32's products.
+_PACKED_FP32: tuple[tuple[str, int, tuple[int, ...], bool, str], ...] = (
+    ("sigmoid", 64, (36,), False, "ieee"),
+    ("prelu", 64, (36,), True, "ieee"),
+    ("dice", 64, (36,), True, "ieee"),
+    ("dice", 36, (36,), True, "ieee"),
+    ("dice", 64, (32, 32), True, "ieee"),
+    ("sigmoid", 64, (64, 64), True, "ieee"),
+    ("dice", 64, (64, 64), True, "tf32"),
+    ("sigmoid", 64, (36,), False, "tf32"),
+    ("dice", 64, (36,), True, "tf32"),
+)
 _TABLES = {"first_slot", "tile_first", "slot_query", "slot_row"}
 _PACKED_LIKE_KEYS = {
     "keys", "query", "weight1", "bias1", "alpha1", "weight2", "bias2", "alpha2", "weight_out", "bias_out", "pooled",
@@ -171,7 +183,7 @@ def _packed_case(
     signature = {a: kind(a) for a in kernel.arg_names if a not in constants}
     aligned = tuple(a for a, k in signature.items() if k.startswith("*") and a not in (*_TABLES, "starts", "ends"))
     widths = "x".join(map(str, config.hidden_units))
-    precision = "tf32" if dtype == torch.float32 else _TYPES[dtype]
+    precision = "tf32" if config.precision == "tf32" else _TYPES[dtype]
     softmax = "-softmax" if config.softmax else ""
     return CompileCase(
         name=f"local_activation/packed/{name}{'' if fast else '-amd'}/D{config.embedding_dim}-{widths}-"
@@ -184,6 +196,7 @@ def _packed_case(
 def _packed() -> Iterator[CompileCase]:
     from . import kernels_packed_backward as down
     from . import kernels_packed_forward as up
+    from . import kernels_packed_fp32 as fp32
 
     def cases(
         name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], options: dict[str, int],
@@ -218,11 +231,12 @@ def _packed() -> Iterator[CompileCase]:
         config = UnitConfig("product", activation, dim, widths, softmax=softmax)
         for name, kernel, extra, options, fits in kinds(config, torch.bfloat16):
             yield from cases(name, kernel, config, torch.bfloat16, extra, options, fits)
-    config = UnitConfig("product", "sigmoid", 64, (36,), precision="tf32")
-    options = packed.launch_options(config)
-    yield from cases(
-        "forward", up.forward_packed, config, torch.float32, {"HAS_ATTENTION": False}, options, packed.fits
-    )
+    for activation, dim, widths, softmax, precision in _PACKED_FP32:
+        config = UnitConfig("product", activation, dim, widths, softmax=softmax, precision=precision)
+        extra = {**packed.fp32_constants(config), "HAS_ATTENTION": False}
+        yield from cases(
+            "forward", fp32.forward_packed_fp32, config, torch.float32, extra, packed.FP32_OPTIONS, packed.fits
+        )
 
 
 def compile_cases() -> list[CompileCase]:

@@ -39,7 +39,7 @@ def split(x):
 
 @triton.jit
 def dot(a, b, z, PRECISION: tl.constexpr):
-    """z + a b. PRECISION "split": to fp32's accuracy but for 2⁻²⁰ of a product at worst; "tf32": operands cut off.
+    """z + a b. PRECISION "split": to fp32's accuracy but for 2⁻¹⁹ of a product at worst; "tf32": operands cut off.
 
     Splitting a weight is loop-invariant, and the compiler takes it out of the loop over tiles."""
     if PRECISION == "split":

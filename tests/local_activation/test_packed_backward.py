@@ -11,7 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from din_kernels.ops.local_activation import packed, packed_backward, triton_impl, universal, universal_backward
+from din_kernels.ops.local_activation import (
+    packed,
+    packed_backward,
+    tiled_backward,
+    triton_impl,
+    universal,
+    universal_backward,
+)
 from din_kernels.ops.local_activation.problem import UnitGradients
 from din_kernels.testing import hostile_gradients
 from tests.support.memory_monitor import memory_monitor
@@ -126,10 +133,12 @@ def test_hostile_gradient_strides(device):
 
 
 def test_dispatch(device, monkeypatch):
-    """One candidate, 16 bits, no gradient through softmax weights: here; the rest is the universal kernels' work."""
+    """The product interaction, one candidate, 16 bits, no gradient through softmax weights: here; a narrow layer of the
+    outer one: the tiled kernel; the rest is the universal kernels' work."""
     taken = []
     monkeypatch.setattr(packed_backward, "backward", lambda *a: taken.append("packed"))
     monkeypatch.setattr(universal_backward, "backward", lambda *a: taken.append("universal"))
+    monkeypatch.setattr(tiled_backward, "backward", lambda *a: taken.append("tiled"))
     served = Spec(dtype=torch.bfloat16, dim=64, hidden=(36,))
     for spec, through_weights, path in [
         (served, True, "packed"),
@@ -137,6 +146,10 @@ def test_dispatch(device, monkeypatch):
         (dataclasses.replace(served, softmax=True), True, "universal"),
         (dataclasses.replace(served, candidates=2), False, "universal"),
         (dataclasses.replace(served, layout="mask"), False, "universal"),
+        (dataclasses.replace(served, interaction="outer"), False, "tiled"),
+        (dataclasses.replace(served, interaction="outer", softmax=True, layout="mask"), True, "tiled"),
+        (dataclasses.replace(served, interaction="outer", dim=36, softmax=True), True, "universal"),
+        (dataclasses.replace(served, interaction="outer", hidden=(36, 16)), False, "universal"),
         (dataclasses.replace(served, dtype=torch.float32), False, "universal"),
     ]:
         case = make_case(spec, device)

@@ -111,6 +111,10 @@ for name, options in {
         "args": ("product", "dice", 32, (64, 16)), "layout": "lengths", "length": 2000, "index": torch.int32,
         "training": True,
     },
+    "tiled outer dice training, backward tiled too": {"args": ("outer", "dice", 36, (36,)), "training": True},
+    "tiled outer relu softmax, masked, weights, backward tiled too": {
+        "args": ("outer", "relu", 16, (16,)), "layout": "mask", "softmax": True, "return_weights": True
+    },
     "tiled outer sigmoid, skewed rows": {"args": ("outer", "sigmoid", 16, (16,)), "dtype": FP16, "skew": 1},
     "universal outer relu softmax, candidates, weights": {
         "args": ("outer", "relu", 8, (16,)), "candidates": 2, "softmax": True, "return_weights": True, "dtype": FP32

@@ -17,21 +17,35 @@ TILE, NUM_WARPS, NUM_STAGES = 64, 4, 2
 GATES = 7  # as in kernels_tiled_backward.py
 
 
-def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
-    """As ``packed.fits``, for the tiled backward kernel (``shipped.compile_cases`` holds it to that)."""
+# dz1 and a of all rows rest in memory between the steps; beyond this the universal kernels, which need none of it.
+HELD_BYTES = 1 << 30
+
+
+def fits(
+    config: UnitConfig, dtype: torch.dtype, capability: int, *, masked: bool = False, through_weights: bool = False
+) -> bool:
+    """As ``packed.fits``, for the tiled backward kernel (``shipped_tiled_backward.compile_cases`` holds it to that): one
+    narrow layer of the outer interaction. An embedding in two blocks leaves no room for a mask or a gradient through the
+    weights, and sm_80 none for a column of 64."""
     widths = packed.widths_of(config)
-    if dtype == torch.float32 or config.embedding_dim > 64 or len(config.hidden_units) > 1:
+    if config.interaction != "outer" or dtype == torch.float32 or config.embedding_dim > 64 or capability < 90:
         return False
-    return widths.a1 + widths.r1 <= 48
+    if len(config.hidden_units) > 1 or widths.a1 + widths.r1 > 48:
+        return False
+    return not (widths.rd and (masked or through_weights))
 
 
-def serves_backward(config: UnitConfig, tensors: UnitTensors) -> bool:
+def serves_backward(config: UnitConfig, tensors: UnitTensors, grad_weights: Tensor | None) -> bool:
     """Whether the tiled backward takes this call; the universal kernels take all others."""
-    if len(config.hidden_units) > 2 or config.candidates > 1 or tensors.gathered is not None:
+    keys = tensors.keys
+    if len(config.hidden_units) > 1 or config.candidates > 1 or tensors.gathered is not None:
         return False
-    if tensors.query.shape[0] == 0 or tensors.keys.shape[0] == 0:
+    if tensors.query.shape[0] == 0 or keys.shape[0] == 0:
         return False
-    return fits(config, tensors.keys.dtype, capability_of(tensors.keys.device))
+    if keys.shape[0] * (config.hidden_units[0] * keys.element_size() + 4) > HELD_BYTES:
+        return False
+    masked, through = tensors.row_mask is not None, grad_weights is not None
+    return fits(config, keys.dtype, capability_of(keys.device), masked=masked, through_weights=through)
 
 
 def tiles_of(config: UnitConfig) -> Tiling:

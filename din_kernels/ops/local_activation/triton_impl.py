@@ -1,14 +1,14 @@
 """The Triton backend of the local activation unit; the functions of ``torch_impl.py``, served by kernels.
 
-The packed kernels take short lists of the product interaction, the tiled ones long lists, masks and the outer interaction,
-the universal ones what neither can.
+The packed kernels take short lists of the product interaction, the tiled ones long lists, masks and the outer interaction
+(backward: the outer interaction with one narrow layer), the universal ones what neither can.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import packed, packed_backward, tiled, universal, universal_backward
+from . import packed, packed_backward, tiled, tiled_backward, universal, universal_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 
 
@@ -34,6 +34,9 @@ def backward(
     grad_weights: Tensor | None,
     inv_count: Tensor | None,
 ) -> UnitGradients:
-    served = packed_backward.serves_backward(config, tensors, grad_weights)
-    path = packed_backward if served else universal_backward
-    return path.backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+    arguments = (config, tensors, saved, grad_pooled, grad_weights, inv_count)
+    if packed_backward.serves_backward(config, tensors, grad_weights):
+        return packed_backward.backward(*arguments)
+    if tiled_backward.serves_backward(config, tensors, grad_weights):
+        return tiled_backward.backward(*arguments)
+    return universal_backward.backward(*arguments)

@@ -51,7 +51,9 @@ def activation(batch: int, dtype: torch.dtype, *, full: bool = False, backward: 
 
 @pytest.mark.parametrize("full", [True, False], ids=["equal lists", "jagged"])
 def test_forward_fp32(full: bool) -> None:
-    assert marginal(lambda n: activation(n, torch.float32, full=full), 6, 12) <= LIMIT
+    """Rows of 256 bytes; of lists that differ in length the packed kernels' tables show, 16 bytes a row."""
+    limit = LIMIT if full else LIMIT_JAGGED
+    assert marginal(lambda n: activation(n, torch.float32, full=full), 6, 12) <= limit
 
 
 def test_forward_bf16_jagged() -> None:

@@ -108,7 +108,7 @@ def forward_tiled(
         store_gate(gates2, alpha2_a, slope2_a, shift2_a, m_a, H2)
         if R2 > 0:
             store_gate(gates2, alpha2_r, slope2_r, shift2_r, m_r, H2)
-    if not HOIST1:
+    if (not HOIST1) or (TWO and (not HOIST2)):
         tl.debug_barrier()
     out_a = load_parameter(params_out, top_a, 0, TOP_H)
     if TOP_R > 0:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 19  # 2 MiB of float32: smaller chunks spend their time in the interpreter, larger ones in memory
+_CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: smaller chunks spend their time in the interpreter, larger ones in memory
 _TINY = 1 << 10  # elements below which Welford's slow but exact recurrence is one call and done
 _SMALL = 1 << 17  # elements below which a pass costs less than finding out whether it is needed
 

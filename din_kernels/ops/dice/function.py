@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..._library import define
 from . import torch_impl
-from .torch_impl import wide_dtype
+from .torch_statistics import wide_dtype
 
 
 class Running(NamedTuple):

@@ -11,151 +11,22 @@ chunk: fresh ones come page by page from the operating system, which costs as mu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: smaller chunks spend their time in the interpreter, larger ones in memory
-_TINY = 1 << 10  # elements below which Welford's slow but exact recurrence is one call and done
+from .torch_statistics import (
+    Normaliser,
+    batch_normaliser,
+    chunks,
+    merge,
+    moments_of,
+    rows_per_chunk,
+    running_normaliser,
+    stack,
+    wide_dtype,
+)
+
 _SMALL = 1 << 17  # elements below which a pass costs less than finding out whether it is needed
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics and sums for inputs of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rows_per_chunk(x: Tensor) -> int:
-    return max(1, _CHUNK_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
-
-
-def _chunks(step: int, *tensors: Tensor | None) -> Iterator[Any]:
-    """Matching chunks of ``step`` rows of ``tensors`` (the first is never None)."""
-    first = tensors[0]
-    assert first is not None
-    rows = first.shape[0]
-    if rows <= step:
-        yield tensors
-        return
-    for start in range(0, rows, step):
-        yield tuple(None if t is None else t[start : start + step] for t in tensors)
-
-
-# ---- statistics -----------------------------------------------------------------------------------------------------
-
-
-def merge(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, M2) of a union from those of its P parts, [P, C] or [P, 1] each (Chan, Golub and LeVeque, 1979).
-
-    Means are taken relative to one of them: their sum would round away what a small variance needs.
-    """
-    total = count.sum(0)
-    base = torch.where(total > 0, torch.where(count > 0, mean, float("-inf")).amax(0), 0)
-    away = torch.where(count > 0, mean - base, 0)
-    shift = (count * away).sum(0) / total.clamp(min=1)
-    return total, base + shift, (m2 + count * (away - shift).square()).sum(0)
-
-
-def _chunk_moments(values: Tensor, keep: Tensor | None, work: Tensor | None) -> tuple[Tensor | float, Tensor, Tensor]:
-    """(count, mean, M2) of one chunk: two passes, and what rounding left of the first one's mean corrected by the second."""
-    if keep is None:
-        rows = values.shape[0]
-        if rows * values.shape[1] <= _TINY and values.device.type == "cpu" and rows:
-            var, mean = torch.var_mean(values, 0, correction=0)
-            return float(rows), mean, var.mul_(rows)
-        count: Tensor | float = float(rows)
-        at_least_one: Tensor | float = max(count, 1.0)
-        mean = values.sum(0).div_(at_least_one)
-        centred = torch.sub(values, mean, out=work)
-    else:
-        keep = keep[:, None]
-        count = keep.sum(0, dtype=values.dtype)
-        at_least_one = count.clamp(min=1)
-        mean = values.masked_fill(~keep, 0).sum(0).div_(at_least_one)
-        centred = torch.sub(values, mean, out=work).masked_fill_(~keep, 0)
-    left = centred.sum(0).div_(at_least_one)
-    m2 = centred.square_().sum(0).sub_(left.square().mul_(count)).clamp_(min=0)
-    return count, mean.add_(left), m2
-
-
-def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor | float, Tensor, Tensor]:
-    """(count, mean, M2) of the rows that count; the count is a number where the host knows it."""
-    wide, step = wide_dtype(x.dtype), _rows_per_chunk(x)
-    if x.shape[0] <= step:
-        return _chunk_moments(x.to(wide), mask, None)
-    work = torch.empty((step, x.shape[1]), dtype=wide, device=x.device)
-    parts = []
-    for values, keep in _chunks(step, x, mask):
-        parts.append(_chunk_moments(values.to(wide), keep, work[: values.shape[0]]))
-    counts, means, m2s = zip(*parts, strict=True)
-    count = work.new_tensor(counts)[:, None] if mask is None else torch.stack(counts)
-    total, mean, m2 = merge(count, torch.stack(means), torch.stack(m2s))
-    return (float(x.shape[0]) if mask is None else total), mean, m2
-
-
-def _stack(count: Tensor | float, mean: Tensor, last: Tensor) -> Tensor:
-    first = count.expand_as(mean) if isinstance(count, Tensor) else torch.full_like(mean, count)
-    return torch.stack((first, mean, last))
-
-
-class Normaliser(NamedTuple):
-    """mean and 1/√(var + ε) [C]; 1/count ([C] or a number), 0 where running statistics serve."""
-
-    mean: Tensor
-    rstd: Tensor
-    inverse: Tensor | float
-
-    def packed(self) -> Tensor:
-        """[3, C], as the backward pass takes it."""
-        inverse = self.inverse
-        third = inverse if isinstance(inverse, Tensor) else torch.full_like(self.mean, inverse)
-        return torch.stack((self.mean, self.rstd, third))
-
-
-def _running_normaliser(mean: Tensor, var: Tensor, eps: float, wide: torch.dtype) -> Normaliser:
-    if mean.dtype != wide or var.dtype != wide:
-        mean, var = mean.to(wide), var.to(wide)
-    return Normaliser(mean, (var + eps).rsqrt_(), 0.0)
-
-
-def _update(buffer: Tensor, value: Tensor, step: Tensor | float) -> None:
-    """buffer += step·(value − buffer), computed in ``value``'s precision."""
-    if buffer.dtype == value.dtype:
-        buffer.lerp_(value, step)
-    else:
-        buffer.add_(((value - buffer.to(value.dtype)) * step).to(buffer.dtype))
-
-
-def _batch_normaliser(
-    count: Tensor | float, mean: Tensor, m2: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-    tracked: Tensor | None,
-    step: Tensor | float, eps: float,
-) -> Normaliser:  # fmt: skip
-    """The batch's moments normalise, and move the running statistics by ``step``; with fewer than two rows that count the
-    running statistics (0 and 1 stand in for None) normalise, and stay as they are."""
-    if not isinstance(count, Tensor) and count >= 2:
-        if running_mean is not None and running_var is not None:
-            _update(running_mean, mean, step)
-            _update(running_var, m2 / (count - 1), step)
-            if tracked is not None:
-                tracked.add_(1)
-        return Normaliser(mean, (m2 / count).add_(eps).rsqrt_(), 1 / count)
-    old_mean = torch.zeros_like(mean) if running_mean is None else running_mean.to(mean.dtype, copy=True)
-    old_var = torch.ones_like(mean) if running_var is None else running_var.to(mean.dtype, copy=True)
-    if not isinstance(count, Tensor):
-        return _running_normaliser(old_mean, old_var, eps, mean.dtype)
-    enough = count >= 2  # decided on the device
-    inverse = torch.where(enough, 1 / count.clamp(min=1), 0).expand_as(mean)
-    if running_mean is not None and running_var is not None:
-        step = enough.to(mean.dtype) * step
-        _update(running_mean, mean, step)
-        _update(running_var, m2 / (count - 1).clamp(min=1), step)
-        if tracked is not None:
-            tracked.add_(enough.reshape(-1)[0].to(tracked.dtype))
-    var = torch.where(enough, m2 * inverse, old_var)
-    return Normaliser(torch.where(enough, mean, old_mean), var.add_(eps).rsqrt_(), inverse)
 
 
 # ---- forward and backward of rows -----------------------------------------------------------------------------------
@@ -210,14 +81,14 @@ class _Gate:
 
 def _apply(x: Tensor, gate: _Gate, *, in_place: bool = False) -> Tensor:
     """y = x·(α + (1 − α)·p) in the dtype of x; in the memory of x if ``in_place``."""
-    wide, step = gate.wide, _rows_per_chunk(x)
+    wide, step = gate.wide, rows_per_chunk(x)
     if x.dtype == wide and x.shape[0] <= step and x.is_contiguous():
         opened = gate.gate(gate.open(gate.centred(x)))
         return torch.mul(x, opened, out=x) if in_place else opened.mul_(x)
     y = x if in_place else x.new_empty(x.shape)
     direct = y.dtype == wide and not in_place  # then the output is the workspace
     work = y if direct else torch.empty((min(step, x.shape[0]), x.shape[1]), dtype=wide, device=x.device)
-    for values, target in _chunks(step, x, y):
+    for values, target in chunks(step, x, y):
         p = target if direct else work[: values.shape[0]]
         values = values.to(wide)
         opened = gate.gate(gate.open(gate.centred(values, p), p))
@@ -253,12 +124,12 @@ class _Sums:
 def _walk(grad: Tensor, x: Tensor, gate: _Gate, dx: Tensor | None, *, of_statistics: bool) -> _Sums:
     """One walk over all rows: their sums (all three with ``of_statistics``), and into ``dx``
     (if given) what g contributes directly, g·(α + (1 − α)·p) + rate·dz."""
-    step = _rows_per_chunk(x)
+    step = rows_per_chunk(x)
     work = None
     if x.shape[0] > step:
         work = torch.empty((3, step, x.shape[1]), dtype=gate.wide, device=x.device)
     inner, sums = torch.rsub(gate.alpha, 1).mul_(gate.rate), _Sums()
-    for g, values, target in _chunks(step, grad, x, dx):
+    for g, values, target in chunks(step, grad, x, dx):
         first, second, third = (None, None, None) if work is None else work[:, : values.shape[0]].unbind(0)
         g, values = g.to(gate.wide), values.to(gate.wide)
         centred = gate.centred(values, third)
@@ -285,11 +156,11 @@ def _through_statistics(
     level = share * total[0]
     if gate.rest is not None:
         level = torch.addcmul(level, gate.rest, slope, value=-1)
-    step = _rows_per_chunk(x)
+    step = rows_per_chunk(x)
     work = None
     if x.shape[0] > step and (mask is not None or gate.base is not None):
         work = torch.empty((step, x.shape[1]), dtype=gate.wide, device=x.device)
-    for target, values, keep in _chunks(step, dx, x, mask):
+    for target, values, keep in chunks(step, dx, x, mask):
         values = values.to(gate.wide)
         if mask is None and gate.base is None:
             target.addcmul_(values, slope, value=-1).sub_(level)
@@ -304,7 +175,7 @@ def _through_statistics(
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """(count, mean, M2) [3, C] of the rows of x [N, C] that ``mask`` [N] selects (None: all); zeros without rows."""
-    return _stack(*_moments(x, mask))
+    return stack(*moments_of(x, mask))
 
 
 def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
@@ -323,8 +194,8 @@ def forward(
     step      weight of this batch in the running statistics
     """
     z = _shifted(x, shift)
-    count, mean, m2 = _moments(z, mask) if gathered is None else merge(*gathered.unbind(1))
-    normaliser = _batch_normaliser(count, mean, m2, running_mean, running_var, tracked, step, eps)
+    count, mean, m2 = moments_of(z, mask) if gathered is None else merge(*gathered.unbind(1))
+    normaliser = batch_normaliser(count, mean, m2, running_mean, running_var, tracked, step, eps)
     gate = _Gate(z, normaliser.mean, normaliser.rstd, alpha, weight, bias)
     return _apply(z, gate).to(x.dtype), _packed(normaliser, shift)
 
@@ -341,7 +212,7 @@ def inference(
     eps: float, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [N, C] of ``evaluate`` alone; in the memory of x if ``in_place``."""
-    mean, rstd, _ = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
+    mean, rstd, _ = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     if shift is not None:
         x = x.add_(shift) if in_place else (x + shift).to(x.dtype)
     return _apply(x, _Gate(x, mean, rstd, alpha, weight, bias), in_place=in_place or shift is not None)
@@ -358,7 +229,7 @@ def evaluate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
-    normaliser = _running_normaliser(mean, var, eps, wide_dtype(x.dtype))
+    normaliser = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     z = _shifted(x, shift)
     gate = _Gate(z, normaliser.mean, normaliser.rstd, alpha, weight, bias)
     return _apply(z, gate).to(x.dtype), _packed(normaliser, shift)

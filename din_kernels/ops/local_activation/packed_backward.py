@@ -1,4 +1,4 @@
-"""Launches of the packed backward kernels (``kernels_packed_backward.py``)."""
+"""Launches of the packed backward kernels (``kernels_packed_backward.py``, ``kernels_packed_gradients.py``)."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def backward(
 ) -> UnitGradients:
     """Gradients of everything; see torch_impl.backward."""
     from . import kernels_packed_backward as kernels
+    from . import kernels_packed_gradients as after
     from .kernels_packed_forward import finish_packed
 
     keys, dim, widths = tensors.keys, config.embedding_dim, config.hidden_units
@@ -123,28 +124,28 @@ def backward(
             "HAS_GRAD_WEIGHTS": grad_weights is not None, "BATCH_STATISTICS": sums is not None,
         }  # fmt: skip
         inputs: dict[str, Any] = {
-            "dz1": dz1, "attention": attention, **pick(call.layer_operands(), kernels.backward_inputs), **tabled,
+            "dz1": dz1, "attention": attention, **pick(call.layer_operands(), after.backward_inputs), **tabled,
             "grad_pooled": grad_pooled, "grad_keys": grad_keys, "list_sums": list_sums, "carry": carry,
-            **pick(constants, kernels.backward_inputs),
+            **pick(constants, after.backward_inputs),
         }  # fmt: skip
         block = sum_columns(dim)
         first_layer: dict[str, Any] = {
-            "dz1": dz1, **pick(call.layer_operands(), kernels.first_layer_sums), **pick(tabled, kernels.first_layer_sums),
-            "totals": first_sums, **pick(constants, kernels.first_layer_sums),
+            "dz1": dz1, **pick(call.layer_operands(), after.first_layer_sums), **pick(tabled, after.first_layer_sums),
+            "totals": first_sums, **pick(constants, after.first_layer_sums),
             "BLOCK_D": block, "H": widths[0], "A": blocks.a1, "R": blocks.r1,
         }  # fmt: skip
         second_layer: dict[str, Any] = {
             "dz2": dz2, "h1": h1, "first_slot": tables.first_slot, "totals": second_sums, "vectors": second_vectors,
             "queries": queries,
-            **pick(constants, kernels.second_layer_sums),
+            **pick(constants, after.second_layer_sums),
         }  # fmt: skip
         for first, end in batches:
             tiles = {"first_tile": first, "end_tile": end}
             kernels.backward_scores[(programs,)](**scores, **tiles, **ROW_OPTIONS)
-            kernels.backward_inputs[(programs,)](**inputs, **tiles, **ROW_OPTIONS)
-            kernels.first_layer_sums[(programs, -(-dim // block))](**first_layer, **tiles, **SUM_OPTIONS)
+            after.backward_inputs[(programs,)](**inputs, **tiles, **ROW_OPTIONS)
+            after.first_layer_sums[(programs, -(-dim // block))](**first_layer, **tiles, **SUM_OPTIONS)
             if two:
-                kernels.second_layer_sums[(programs,)](**second_layer, **tiles, **SUM_OPTIONS)
+                after.second_layer_sums[(programs,)](**second_layer, **tiles, **SUM_OPTIONS)
         finish_packed[(-(-queries // FINISH_LISTS),)](
             carry, carry, tables.first_slot, list_sums, list_sums, queries,
             D=width, BLOCK_D=next_power_of_two(width), LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,

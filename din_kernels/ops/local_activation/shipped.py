@@ -197,6 +197,7 @@ def _packed() -> Iterator[CompileCase]:
     from . import kernels_packed_backward as down
     from . import kernels_packed_forward as up
     from . import kernels_packed_fp32 as fp32
+    from . import kernels_packed_gradients as after
 
     def cases(
         name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], options: dict[str, int],
@@ -216,16 +217,16 @@ def _packed() -> Iterator[CompileCase]:
         yield "forward", up.forward_packed, {"HAS_ATTENTION": False}, packed.launch_options(config), packed.fits
         scores = {"HAS_GRAD_WEIGHTS": False, "BATCH_STATISTICS": config.uses_dice}
         yield "scores", down.backward_scores, scores, plain, packed_backward.fits
-        yield "inputs", down.backward_inputs, {}, plain, packed_backward.fits
+        yield "inputs", after.backward_inputs, {}, plain, packed_backward.fits
         block = {
             "BLOCK_D": packed_backward.sum_columns(dim),
             "H": config.hidden_units[0],
             "A": widths.a1,
             "R": widths.r1,
         }
-        yield "first-sums", down.first_layer_sums, block, ahead, packed_backward.fits
+        yield "first-sums", after.first_layer_sums, block, ahead, packed_backward.fits
         if len(config.hidden_units) > 1:
-            yield "second-sums", down.second_layer_sums, {}, ahead, packed_backward.fits
+            yield "second-sums", after.second_layer_sums, {}, ahead, packed_backward.fits
 
     for activation, dim, widths, softmax in _PACKED:
         config = UnitConfig("product", activation, dim, widths, softmax=softmax)

@@ -76,7 +76,7 @@ class Dice(nn.Module):
             bias=self.bias if self.affine else None,
             shift=shift,
             mask=mask,
-            num_batches_tracked=self.num_batches_tracked,
+            num_batches_tracked=self.num_batches_tracked if self.training else None,
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,

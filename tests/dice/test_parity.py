@@ -8,21 +8,28 @@ import torch
 from din_kernels import BackendUnavailable
 from din_kernels.functional import dice
 from din_kernels.modules import Dice
-from din_kernels.ops.dice import triton_impl
+from din_kernels.ops.dice import torch_small, triton_impl
 from din_kernels.ops.dice.api import MAX_WIDTH
 from din_kernels.testing import assert_close
 
 from ._cases import STRIDES, make_case, random_case
 
 
+@pytest.fixture(params=["small", "any size"])
+def path(request, monkeypatch):
+    """Small inputs take a path of their own on CPUs; "any size": the other one."""
+    if request.param != "small":
+        monkeypatch.setattr(torch_small, "_MOST_ELEMENTS", -1)
+
+
 @pytest.mark.parametrize("seed", range(60))
-def test_torch(seed, device):
+def test_torch(seed, device, path):
     random_case(seed, max_rows=300, dtype=torch.float64, device=device).check("torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(4))
-def test_torch_precisions(seed, dtype, device):
+def test_torch_precisions(seed, dtype, device, path):
     random_case(seed, max_rows=300, dtype=dtype, device=device).check("torch")
 
 
@@ -70,7 +77,7 @@ def test_triton_wide(device, poison_scratch):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("how", STRIDES)
-def test_strides(how, training, device):
+def test_strides(how, training, device, path):
     for backend in ("torch", "triton"):
         make_case((5, 9, 12), how=how, training=training, device=device).check(backend)
 
@@ -87,6 +94,16 @@ def test_no_rows(backend, device):
         assert torch.equal(case.running_mean, before[0])
         assert torch.equal(case.running_var, before[1])
         assert int(case.tracked) == 3
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(2, 1), (1024, 3), (1025, 3), (1023, 256), (1024, 257)])
+def test_torch_borders(rows, width, affine, training, device):
+    """Sizes at which the paths for small inputs end."""
+    assert torch_small._MOST_ROWS == 1024
+    assert torch_small._MOST_ELEMENTS == 1024 * 256
+    make_case((rows, width), affine=affine, training=training, device=device).check("torch")
 
 
 def test_rows_cover_both_launches():

@@ -7,7 +7,7 @@ import torch
 
 from din_kernels import functional
 from din_kernels.modules import Dice
-from din_kernels.ops.dice.function import moments_op
+from din_kernels.ops.dice.function import forward_op, moments_op
 
 from ._cases import by_definition, make_case
 
@@ -61,6 +61,35 @@ def test_epsilon_is_kept(backend, device):
         # rounding the mean to float32 moves x̂ by up to 2e-9/√(var + ε)
         torch.testing.assert_close(gate, gate_want, rtol=0, atol=250 * 2.5e-9 / (1e-14 + eps) ** 0.5 + 1e-5)
     assert (normalised[1e-8] - normalised[1e-14]).abs().max() > 0.005
+
+
+@pytest.mark.parametrize(("deviation", "mean"), [(1e-7, 1e-3**0.5), (1e-3, 100.0), (1.0, 0.0), (1e-4, -1.0)])
+@pytest.mark.parametrize("rows", [2, 1024])
+def test_small_inputs(rows, deviation, mean):
+    """The torch backend's path for small inputs on CPUs: float32 sums, of differences from the first row."""
+    x = delicate(rows, deviation, mean, torch.device("cpu"))
+    x[1:3, 1] += 30 * deviation * rows**0.5  # rows far from the first one, and the first one far from the others
+    x[0, 2] -= 30 * deviation * rows**0.5
+    wide = x.double()
+    ones, zeros, tracked = torch.ones(6), torch.zeros(6), torch.tensor(0)
+    running = ones.clone(), ones.clone()
+    y, normaliser = forward_op(x, None, None, None, zeros, None, None, *running, tracked, None, 0.25, 1e-30, "torch")
+    rstd = wide.var(0, unbiased=False).rsqrt()
+    rounding = 1e-5 * rows**0.5 / 32 + 1e-6
+    torch.testing.assert_close(normaliser[1].double(), rstd, rtol=rounding, atol=0)
+    ulp = abs(mean) * 2.0**-23
+    torch.testing.assert_close(normaliser[0].double(), wide.mean(0), rtol=0, atol=ulp + rounding * 2000 * deviation)
+    gate = torch.sigmoid((wide - wide.mean(0)) * rstd)
+    torch.testing.assert_close(y.double() / wide, gate, rtol=0, atol=rounding)
+    off = (running[0].double() - 0.75 - 0.25 * wide.mean(0)).abs()
+    assert (off <= 1e-6 + ulp + rounding / rstd).all()
+    torch.testing.assert_close(running[1].double(), 0.75 + 0.25 * wide.var(0), rtol=1e-5, atol=1e-6)
+    assert tracked == 1
+    if ulp:
+        naive = torch.native_batch_norm(x, None, None, None, None, True, 0.0, 1e-30)
+        assert ((naive[2].double() / rstd - 1).abs() > 2 * rounding).any() or (
+            naive[0] - (wide - wide.mean(0)) * rstd
+        ).abs().max() > 4 * rounding
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

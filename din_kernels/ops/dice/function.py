@@ -181,9 +181,11 @@ class DiceFunction(torch.autograd.Function):
             backward_op, grad, x, shift, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend
         )
         # Parameters get the gradient of this process's rows; averaging them over processes is the trainer's business.
-        d_bias, d_weight, d_alpha, *d_shift = (sums if local is None else local).unbind(0)
+        own = sums if local is None else local
+
+        def gradient(row: int, parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else own[row].to(parameter.dtype)
+
         return (
-            dx, d_alpha.to(alpha.dtype), None if weight is None else d_weight.to(weight.dtype),
-            None if bias is None else d_bias.to(bias.dtype), None, None, None, None, None,
-            None if shift is None else d_shift[0].to(shift.dtype),
+            dx, gradient(2, alpha), gradient(1, weight), gradient(0, bias), None, None, None, None, None, gradient(3, shift)
         )  # fmt: skip

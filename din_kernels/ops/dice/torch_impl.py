@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import torch_small
 from .torch_statistics import (
     Normaliser,
     batch_normaliser,
@@ -193,6 +194,14 @@ def forward(
     gathered  moments [W, 3, C] of all processes, to be used instead of those of x; or None, as with a shift
     step      weight of this batch in the running statistics
     """
+    plain = shift is None and mask is None and gathered is None
+    if (
+        plain
+        and isinstance(step, float)
+        and torch_small.serves_statistics(x)
+        and torch_small.serves(x, alpha, weight, running_mean)
+    ):
+        return torch_small.forward(x, alpha, weight, bias, running_mean, running_var, tracked, step, eps)
     z = _shifted(x, shift)
     count, mean, m2 = moments_of(z, mask) if gathered is None else merge(*gathered.unbind(1))
     normaliser = batch_normaliser(count, mean, m2, running_mean, running_var, tracked, step, eps)
@@ -212,6 +221,8 @@ def inference(
     eps: float, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [N, C] of ``evaluate`` alone; in the memory of x if ``in_place``."""
+    if shift is None and torch_small.serves(x, alpha, weight, mean):
+        return torch_small.inference(x, alpha, weight, bias, mean, var, eps, in_place=in_place)
     mean, rstd, _ = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     if shift is not None:
         x = x.add_(shift) if in_place else (x + shift).to(x.dtype)
@@ -229,6 +240,8 @@ def evaluate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
+    if shift is None and torch_small.serves(x, alpha, weight, mean):
+        return torch_small.evaluate(x, alpha, weight, bias, mean, var, eps)
     normaliser = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     z = _shifted(x, shift)
     gate = _Gate(z, normaliser.mean, normaliser.rstd, alpha, weight, bias)
@@ -261,6 +274,9 @@ def backward(
         z = _shifted(x, shift)
         dx, total = backward(grad, z, None, mask, wide, gathered, alpha, weight, bias, training)
         return dx.to(x.dtype), torch.cat((total, dx.sum(0, keepdim=True)))
+    plain = mask is None and gathered is None
+    if plain and torch_small.serves(x, alpha, weight) and (not training or torch_small.serves_statistics(x)):
+        return torch_small.backward(grad, x, normaliser, alpha, weight, bias, training)
     mean, rstd, inverse = normaliser.to(wide_dtype(x.dtype)).unbind(0)
     gate = _Gate(x, mean, rstd, alpha, weight, bias)
     dx = torch.empty(x.shape, dtype=gate.wide, device=x.device)

@@ -177,6 +177,11 @@ def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
 
 def serves(config: UnitConfig, tensors: UnitTensors) -> bool:
     """Whether the packed forward takes this call; the universal kernels take all others."""
+    return describes(config, tensors) and fits(config, tensors.keys.dtype, capability_of(tensors.keys.device))
+
+
+def describes(config: UnitConfig, tensors: UnitTensors) -> bool:
+    """Whether the call is of the kind that packed kernels know, and of a size that their indices can count."""
     keys, queries = tensors.keys, tensors.query.shape[0]
     if config.interaction != "product" or len(config.hidden_units) > 2 or tensors.row_mask is not None:
         return False
@@ -184,9 +189,8 @@ def serves(config: UnitConfig, tensors: UnitTensors) -> bool:
         return False
     slots = most_slots(config, tensors)
     carry = 2 * (slots // TILE + 1) * config.embedding_dim
-    if max(slots, carry, tensors.query.numel(), keys.shape[0]) > INT32 - 2 * TILE:
-        return False
-    return fits(config, keys.dtype, capability_of(keys.device))
+    offset = queries * config.hidden_units[0]
+    return max(slots, carry, offset, tensors.query.numel(), keys.shape[0]) <= INT32 - 2 * TILE
 
 
 def launch_options(config: UnitConfig) -> dict[str, int]:

@@ -151,10 +151,19 @@ def backward(
             D=width, BLOCK_D=next_power_of_two(width), LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,
         )  # fmt: skip
 
+    return collect(config, tensors, grad_keys, list_sums, first_sums, second_sums, second_vectors, vectors)
+
+
+def collect(
+    config: UnitConfig, tensors: UnitTensors, grad_keys: Tensor, list_sums: Tensor, first_sums: Tensor,
+    second_sums: Tensor, second_vectors: Tensor, vectors: Tensor,
+) -> UnitGradients:  # fmt: skip
+    """Gradients from what the kernels have summed up: of lists [Q, D + H1], and of the programs, which are added here."""
+    dim, two = config.embedding_dim, len(config.hidden_units) > 1
     shared, of_product = first_sums.sum(0)
     gradients = FirstLayerGradients(list_sums[:, dim:], shared, of_product, list_sums[:, :dim])
     grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, gradients)
-    pieces = list(vectors.sum(0).split(sizes))
+    pieces = list(vectors.sum(0).split(vector_sizes(config)))
     # For sigmoid dz2 is stored for weights multiplied by −log₂e.
     unscale = -LOG2_E if config.activation == "sigmoid" else 1.0
     own = universal_backward.own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +23,13 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
         return torch.cuda.device(tensor.device)
     repair_interpreter()
     return contextlib.nullcontext()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], **options: Any) -> None:
+    """Launch ``kernel`` with those of ``operands`` that it takes, and Triton's ``options`` (num_warps, …).
+
+    By position: of some forty arguments, as the kernels here have, Triton takes a third longer to bind names."""
+    kernel[grid](*[operands[name] for name in kernel.arg_names], **options)
 
 
 @functools.cache

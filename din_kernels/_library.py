@@ -11,11 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 NAMESPACE = "din_kernels"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _defined: set[str] = set()
+_EVERYWHERE = "CompositeExplicitAutograd"
+_implementations: dict[Any, Callable[..., Any]] = {}
 
 
 def define(schema: str, *, fake: Callable[..., Any], impls: dict[str, Callable[..., Any]]) -> Any:
@@ -31,4 +35,24 @@ def define(schema: str, *, fake: Callable[..., Any], impls: dict[str, Callable[.
             _library.impl(name, function, key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         _defined.add(name)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if _EVERYWHERE in impls:
+        _implementations.setdefault(operator, impls[_EVERYWHERE])
+    return operator
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nobody traces or intercepts: plain tensors with memory, no dispatch mode."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter)):
+            return False
+    return _get_current_dispatch_mode() is None
+
+
+def run(operator: Any, eager: bool, *arguments: Any) -> Any:
+    """``operator(*arguments)``; if ``eager`` (see ``is_eager``) directly what its dispatch leads to: boxing the arguments and
+    the way through the dispatcher take longer than a small kernel. For operators with one implementation for all devices,
+    where autograd records nothing."""
+    return _implementations[operator](*arguments) if eager else operator(*arguments)

@@ -97,7 +97,8 @@ def test_a_lost_step_is_caught(device, monkeypatch, poison_scratch, lost):
         arg_names = kernel.arg_names
 
         def __getitem__(self, grid):
-            return lambda **arguments: None if arguments["STEP"] == lost else kernel[grid](**arguments)
+            step = self.arg_names.index("STEP")
+            return lambda *args, **options: None if args[step] == lost else kernel[grid](*args, **options)
 
     case = make_case(Spec(lengths=(7, 30), dim=16, hidden=(16, 16)), device)
     check_gradients(case, run_backward(case))

@@ -273,7 +273,7 @@ def test_dispatch(device, monkeypatch):
         module = getattr(triton_impl, path)
         monkeypatch.setattr(module, "forward", lambda *a, path=path, **k: taken.append(path))
         if path != "packed":
-            monkeypatch.setattr(module, "statistics", lambda *a, path=path, **k: taken.append(path))
+            monkeypatch.setattr(module, "moments_of_programs", lambda *a, path=path, **k: taken.append(path))
     outer = Spec(interaction="outer", activation="dice", dtype=torch.bfloat16)
     for spec, path in [
         (outer, "tiled"),
@@ -288,7 +288,7 @@ def test_dispatch(device, monkeypatch):
         case = make_case(spec, device)
         triton_impl.forward(case.config, case.tensors, return_weights=False)
         assert taken.pop() == path, spec
-        triton_impl.statistics(case.config, case.tensors, 0)
+        triton_impl.Calls(case.config, case.tensors).moments_of_programs(0)
         assert taken.pop() == path.replace("packed", "tiled"), spec
 
 

@@ -125,6 +125,7 @@ def test_rows_of_a_huge_stride(device):
 def test_lengths_never_recompile(monkeypatch):
     """What a launch hands over as compile-time or specialised must not depend on rows, samples, lengths or
     candidates."""
+    from din_kernels.ops.local_activation import kernels_statistics as small
     from din_kernels.ops.local_activation import kernels_universal_backward as down
     from din_kernels.ops.local_activation import kernels_universal_forward as up
 
@@ -132,7 +133,7 @@ def test_lengths_never_recompile(monkeypatch):
 
     class Recorder:
         def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
+            self.name, self.kernel, self.arg_names = name, kernel, kernel.arg_names
 
         def __getitem__(self, grid):
             def launch(*args, **kwargs):
@@ -152,6 +153,7 @@ def test_lengths_never_recompile(monkeypatch):
     for module, kernels in (
         (up, ("forward_items", "statistics_items", "combine_items", "normalise_weights")),
         (down, ("backward_items", "add_slots", "weighted_gradients")),
+        (small, ("finish_moments",)),
     ):
         for name in kernels:
             monkeypatch.setattr(module, name, Recorder(name, getattr(module, name)))
@@ -159,7 +161,7 @@ def test_lengths_never_recompile(monkeypatch):
         run_all(make_case(Spec(lengths, 8, (16,), softmax=True, activation="dice", scale=scale, training=True)))
     assert seen.keys() == {
         "forward_items", "statistics_items", "combine_items", "normalise_weights", "backward_items", "add_slots",
-        "weighted_gradients",
+        "weighted_gradients", "finish_moments",
     }  # fmt: skip
     gather_and_main = {"backward_items": 2}
     for name, keys in seen.items():
@@ -169,7 +171,7 @@ def test_lengths_never_recompile(monkeypatch):
 # Names that every kernel marks ``do_not_specialize`` (the interpreter does not keep the marks).
 FREE = {
     "item_rows", "num_lists", "candidates", "num_rows", "groups", "width", "weight_row", "weight_candidate",
-    "weight_list",
+    "weight_list", "num_parts",
 }  # fmt: skip
 
 

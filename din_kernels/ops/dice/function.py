@@ -10,16 +10,14 @@ is 0 when running statistics normalised, which no gradient goes through.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..._library import define
+from ..._library import define, is_eager, run
 from . import torch_impl
 from .torch_statistics import wide_dtype
 
@@ -104,21 +102,10 @@ backward_op = define(
     fake=lambda grad, x, shift, *_: (x.new_empty(x.shape), _three(x, shift)),
     impls={_EVERYWHERE: torch.no_grad()(_backward)},
 )
-_RUN: dict[Any, Callable[..., Any]] = {
-    moments_op: _moments, forward_op: _forward, evaluate_op: _evaluate, sums_op: _sums, backward_op: _backward
-}  # fmt: skip
-
-
-def is_eager(x: Tensor) -> bool:
-    """Whether nobody traces or intercepts: plain tensors, no dispatch mode."""
-    if torch.compiler.is_compiling():
-        return False
-    return type(x) in (Tensor, torch.nn.Parameter) and _get_current_dispatch_mode() is None
 
 
 def _call(op: Any, x: Tensor, *rest: Any) -> Any:
-    """``op(x, ...)``; without a tracer directly what its dispatch leads to, which takes longer than a small kernel."""
-    return _RUN[op](x, *rest) if is_eager(x) else op(x, *rest)
+    return run(op, is_eager(x), x, *rest)
 
 
 def compute(

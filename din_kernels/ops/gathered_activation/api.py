@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ... import _checks
-from ..local_activation.api import _check_parameters, _precision, choose_backend, update_running
+from ..local_activation.api import _check_parameters, _precision, choose_backend, update_all
 from ..local_activation.function import Call, RunningStatistics
 from .function import GatheredActivationFunction, Ids
 
@@ -108,8 +108,7 @@ def gathered_activation(
     )  # fmt: skip
     if moments:
         assert running is not None
-        for layer, state in enumerate(running):
-            update_running(state, *moments[3 * layer : 3 * layer + 3])
+        update_all(running, moments, call.backend)
     shape = (candidates,) if many else ()
     pooled = pooled.view(batch, *shape, dim)
     return (pooled, attention.view(key_item.shape[0], *shape)) if return_weights else pooled

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..._library import define
 from ..local_activation import function as unit
 from ..local_activation import torch_impl
+from ..local_activation.dice_statistics import Moments, Used, used
 from ..local_activation.problem import Gathered, UnitOutputs, UnitTensors
 
 _GATHERED = "Tensor item_table, Tensor category_table, Tensor item_ids, Tensor category_ids"
@@ -168,26 +169,26 @@ class GatheredActivationFunction(torch.autograd.Function):
             item_table, category_table, ids.key_item, ids.key_category, query, starts, ends,
             weights, biases, alphas, means, rstds,
         )  # fmt: skip
-        found: list[torch_impl.Moments] = []
+        found: list[Used] = []
         if call.activation == "dice":
             wide = torch.float64 if query.dtype == torch.float64 else torch.float32
             for layer, eps in enumerate(call.eps):
                 mean, var = running[2 * layer : 2 * layer + 2]
                 if call.training:
-                    found.append(torch_impl.Moments(*statistics_op(*arguments, layer, *config)))
-                    mean, rstd = found[-1].statistics(mean, var, eps)
+                    found.append(used(Moments(*statistics_op(*arguments, layer, *config)), mean, var, eps))
+                    mean, rstd = found[-1].used_mean, found[-1].rstd
                 else:
                     mean, rstd = mean.to(wide), torch.rsqrt(var.to(wide) + eps)
                 means.append(mean)
                 rstds.append(rstd)
         pooled, attention, log_normaliser = forward_op(*arguments, call.return_weights, *config)
-        inv_count = found[-1].inv_count() if found else None
+        inv_count = found[-1].inverse if found else None
         ctx.call, ctx.config, ctx.depth, ctx.num_statistics = call, config, depth, len(means)
         ctx.save_for_backward(
             item_table, category_table, starts, ends, *ids, pooled, attention, log_normaliser, inv_count,
             *means, *rstds, *parameters,
         )  # fmt: skip
-        moments = [tensor for each in found for tensor in each]
+        moments = [tensor for each in found for tensor in each[:3]]
         ctx.mark_non_differentiable(*moments)
         ctx.set_materialize_grads(False)
         return (pooled, attention, *moments)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from ..._library import is_eager
+from .dice_statistics import Moments, launch_update_running, update_running
 from .function import Call, LocalActivationFunction, RunningStatistics, autocast_enabled
 from .layout import check_no_nan, to_lists
 from .problem import ACTIVATIONS, INTERACTIONS
@@ -63,21 +65,15 @@ def _check_parameters(
                 )
 
 
-@torch.no_grad()
-def update_running(state: RunningStatistics, count: Tensor, mean: Tensor, m2: Tensor) -> None:
-    """One BatchNorm-style update in place, on the device; none when fewer than two rows were counted."""
-    enough = count >= 2
-    if state.num_batches_tracked is not None:
-        state.num_batches_tracked.add_(enough.to(state.num_batches_tracked.dtype))
-    if state.momentum is None:
-        assert state.num_batches_tracked is not None
-        step = 1.0 / state.num_batches_tracked.clamp(min=1).to(mean.dtype)
-    else:
-        step = torch.full((), state.momentum, dtype=mean.dtype, device=mean.device)
-    step = torch.where(enough, step, torch.zeros_like(step))
-    unbiased = m2 / (count - 1).clamp(min=1).to(m2.dtype)
-    for buffer, value in ((state.mean, mean), (state.var, unbiased)):
-        buffer.add_(((value - buffer.to(value.dtype)) * step).to(buffer.dtype))
+def update_all(running: Sequence[RunningStatistics], moments: Sequence[Tensor], backend: str) -> None:
+    """One update of each layer's running averages in place; ``moments``: (rows, mean, m2) of every layer, flat."""
+    for layer, state in enumerate(running):
+        found = Moments(*moments[3 * layer : 3 * layer + 3])
+        buffers = (state.mean, state.var)
+        update = update_running
+        if backend == "triton" and is_eager(*buffers) and state.mean.is_contiguous() and state.var.is_contiguous():
+            update = launch_update_running
+        update(found, *buffers, state.num_batches_tracked, state.momentum)
 
 
 def _precision(query: Tensor) -> str:
@@ -188,8 +184,7 @@ def local_activation(
     )  # fmt: skip
     if moments:
         assert running is not None
-        for layer, state in enumerate(running):
-            update_running(state, *moments[3 * layer : 3 * layer + 3])
+        update_all(running, moments, served_by)
     pooled = lists.shape_pooled(pooled)
     return (pooled, lists.shape_weights(attention)) if return_weights else pooled
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._library import define
+from ..._library import define, is_eager, run
 from . import torch_impl
+from .dice_statistics import Used
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 
 _TENSORS = (
@@ -98,33 +99,26 @@ def _exactly(operator: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _statistics(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, layer, rest = UnitTensors(*args[:10]), args[10], args[11:]
-    return _implementation(rest[-1]).statistics(_config(tensors, rest), tensors, layer)
-
-
-def _statistics_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, layer = UnitTensors(*args[:10]), args[10]
-    dtype = torch.float64 if tensors.keys.dtype == torch.float64 else torch.float32
-    width = tensors.weights[layer].shape[0]
-    new = tensors.keys.new_empty
-    return new((), dtype=torch.float64), new(width, dtype=dtype), new(width, dtype=dtype)
-
-
 def _dice_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     tensors, means, variances, eps, return_weights = UnitTensors(*args[:10]), *args[10:14]
     config = _config(tensors, args[14:])
     tensors = tensors._replace(means=[], rstds=[])
-    outputs, found = torch_impl.dice_forward(
+    outputs, found = _implementation(args[-1]).dice_forward(
         config, tensors, list(zip(means, variances, strict=True)), eps, return_weights=return_weights
     )
-    return *_present(outputs, tensors.keys), [tensor for moments in found for tensor in moments]
+    return *_present(outputs, tensors.keys), [tensor for used in found for tensor in used]
 
 
 def _dice_forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    depth = len(args[5]) - 1
-    moments = [moment for layer in range(depth) for moment in _statistics_fake(*args[:10], layer)]
-    return *_forward_fake(*args[:10], args[13], *args[14:]), moments
+    keys, weights = args[1], args[5]
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+
+    def used(width: int) -> Used:
+        mean, m2, used_mean, rstd = (keys.new_empty(width, dtype=dtype) for _ in range(4))
+        return Used(keys.new_empty((), dtype=torch.float64), mean, m2, used_mean, rstd, keys.new_empty((), dtype=dtype))
+
+    found = [tensor for weight in weights[:-1] for tensor in used(weight.shape[0])]
+    return *_forward_fake(*args[:10], args[13], *args[14:]), found
 
 
 def _present(outputs: UnitOutputs, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,17 +169,12 @@ def _backward_fake(*args: Any) -> list[Tensor]:
 
 
 _EVERYWHERE = "CompositeExplicitAutograd"
-statistics_op = define(
-    f"local_activation_statistics({_TENSORS}, int layer, {_CONFIG}) -> (Tensor, Tensor, Tensor)",
-    fake=_statistics_fake,
-    impls={_EVERYWHERE: _exactly(_statistics)},
-)
 forward_op = define(
     f"local_activation_forward({_TENSORS}, bool return_weights, {_CONFIG}) -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     impls={_EVERYWHERE: _exactly(_forward)},
 )
-# Torch backend, Dice in training: statistics and forward in one, as splitting them would compute every layer again.
+# Dice in training: statistics and forward in one, so that what they have in common is prepared, or computed, once.
 dice_forward_op = define(
     f"local_activation_dice_forward({_TENSORS}, Tensor[] running_means, Tensor[] running_vars, float[] eps, "
     f"bool return_weights, {_CONFIG}) -> (Tensor, Tensor, Tensor, Tensor[])",
@@ -228,33 +217,24 @@ class LocalActivationFunction(torch.autograd.Function):
             call.precision, call.backend,
         )  # fmt: skip
         arguments = (query, keys, starts, ends, row_mask, weights, biases, alphas, means, rstds)
-        found: list[torch_impl.Moments] = []
-        outputs: Sequence[Tensor] = ()
-
-        def note(moments: torch_impl.Moments) -> None:
-            layer = len(found)
-            mean, rstd = moments.statistics(running[2 * layer], running[2 * layer + 1], call.eps[layer])
-            means.append(mean)
-            rstds.append(rstd)
-            found.append(moments)
-
-        if call.activation == "dice" and not call.training:
+        eager = is_eager(query, keys, *parameters)
+        found: list[Used] = []
+        if call.activation == "dice" and call.training:
+            *outputs, flat = run(
+                dice_forward_op, eager, *arguments, list(running[::2]), list(running[1::2]), list(call.eps),
+                call.return_weights, *config,
+            )  # fmt: skip
+            found = [Used(*flat[6 * layer : 6 * layer + 6]) for layer in range(depth)]
+            means, rstds = [used.used_mean for used in found], [used.rstd for used in found]
+        else:
             wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
             for mean, var, eps in zip(running[::2], running[1::2], call.eps, strict=True):
                 means.append(mean.to(wide))
                 rstds.append(torch.rsqrt(var.to(wide) + eps))
-        elif call.activation == "dice" and call.backend == "torch":
-            *outputs, flat = dice_forward_op(
-                *arguments, list(running[::2]), list(running[1::2]), list(call.eps), call.return_weights, *config
-            )
-            for layer in range(depth):
-                note(torch_impl.Moments(*flat[3 * layer : 3 * layer + 3]))
-        elif call.activation == "dice":
-            for layer in range(depth):
-                note(torch_impl.Moments(*statistics_op(*arguments, layer, *config)))
-        moments = [tensor for each in found for tensor in each]
-        inv_count = found[-1].inv_count() if found else None
-        pooled, attention, log_normaliser = outputs or forward_op(*arguments, call.return_weights, *config)
+            outputs = run(forward_op, eager, *arguments, call.return_weights, *config)
+        pooled, attention, log_normaliser = outputs
+        moments = [tensor for used in found for tensor in used[:3]]
+        inv_count = found[-1].inverse if found else None
         ctx.call, ctx.config, ctx.depth = call, config, depth
         ctx.num_statistics = len(means)
         ctx.has_mask, ctx.has_count = row_mask is not None, inv_count is not None
@@ -285,8 +265,9 @@ class LocalActivationFunction(torch.autograd.Function):
         alphas: list[Tensor | None] = list(parameters[depth + 1 + sum(call.has_bias) :]) or [None] * depth
         if grad_pooled is None:
             grad_pooled = torch.zeros_like(pooled)
-        grads = backward_op(
-            grad_pooled, grad_attention if call.return_weights else None, pooled,
+        eager = is_eager(grad_pooled, query, keys, *parameters)
+        grads = run(
+            backward_op, eager, grad_pooled, grad_attention if call.return_weights else None, pooled,
             attention if call.return_weights else None, log_normaliser if call.softmax else None, inv_count,
             query, keys, starts, ends, row_mask, weights, biases, alphas, means, rstds, *ctx.config,
         )  # fmt: skip

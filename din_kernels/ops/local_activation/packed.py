@@ -11,6 +11,7 @@ the *real* behaviours of one list can therefore show in its neighbours too. Padd
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import interpreting
-from ..._launch import FUSED, on_device
+from ..._launch import FUSED, launch, on_device
 from .factorise import first_layer
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import ACTIVATION_CODES, capability_of, num_programs
@@ -65,6 +66,7 @@ class Widths:
     rd: int
 
 
+@functools.lru_cache(maxsize=256)
 def widths_of(config: UnitConfig) -> Widths:
     second = split(config.hidden_units[1]) if len(config.hidden_units) > 1 else (0, 0)
     return Widths(*split(config.hidden_units[0]), *second, *split_dim(config.embedding_dim))
@@ -279,11 +281,10 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
             "SOFTMAX": softmax, "HAS_ATTENTION": return_weights, **call.constants(),
         }  # fmt: skip
         if keys.dtype == torch.float32:
-            del operands["bias1"], operands["HOIST"]
             operands |= {"offset": first_layer(config, tensors).offset, **fp32_constants(config)}
-            fp32_kernels.forward_packed_fp32[(programs,)](**operands, **FP32_OPTIONS)
+            launch(fp32_kernels.forward_packed_fp32, (programs,), operands, **FP32_OPTIONS)
         else:
-            kernels.forward_packed[(programs,)](**operands, **launch_options(config))
+            launch(kernels.forward_packed, (programs,), operands, **launch_options(config))
         kernels.finish_packed[(-(-queries // FINISH_LISTS),)](
             carry, carry_softmax, call.tables.first_slot, pooled, log_normaliser, queries,
             D=dim, BLOCK_D=next_power_of_two(dim), LISTS=FINISH_LISTS, SOFTMAX=softmax, num_warps=4,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import FUSED, on_device
+from ..._launch import FUSED, launch, on_device
 from . import universal_backward
 from .factorise import FirstLayerGradients, first_layer_backward
 from .packed import FINISH_LISTS, TILE, Packed, next_power_of_two, serves, widths_of
@@ -111,41 +111,28 @@ def backward(
         h1 = torch.empty(slots, w1, dtype=dtype, device=device) if two else dz1
         dz2 = torch.empty(slots, w2, dtype=dtype, device=device) if two else dz1
         nothing = vectors
-        constants, tabled = call.constants(), tables.operands()
-        scores: dict[str, Any] = {
-            **call.layer_operands(), **pick(tabled, kernels.backward_scores), "grad_pooled": grad_pooled,
-            "grad_weights": nothing if grad_weights is None else grad_weights.contiguous(),
+        block = sum_columns(dim)
+        operands: dict[str, Any] = {
+            **call.layer_operands(), **call.constants(), **tables.operands(),
+            "grad_pooled": grad_pooled, "grad_weights": nothing if grad_weights is None else grad_weights.contiguous(),
             "log_normaliser": nothing if saved.log_normaliser is None else saved.log_normaliser.contiguous(),
             "delta": nothing if delta is None else delta,
-            "sums1": nothing if sums is None else sums,
-            "sums2": nothing if sums is None else sums[2 * widths[0] :],
-            "attention": attention, "vectors": vectors, "dz1": dz1, "h1": h1, "dz2": dz2, "scale": float(config.scale),
-            **pick(constants, kernels.backward_scores), "SOFTMAX": config.softmax,
+            "sums1": nothing if sums is None else sums, "sums2": nothing if sums is None else sums[2 * widths[0] :],
+            "attention": attention, "dz1": dz1, "h1": h1, "dz2": dz2, "grad_keys": grad_keys, "list_sums": list_sums,
+            "carry": carry, "scale": float(config.scale), "SOFTMAX": config.softmax,
             "HAS_GRAD_WEIGHTS": grad_weights is not None, "BATCH_STATISTICS": sums is not None,
-        }  # fmt: skip
-        inputs: dict[str, Any] = {
-            "dz1": dz1, "attention": attention, **pick(call.layer_operands(), after.backward_inputs), **tabled,
-            "grad_pooled": grad_pooled, "grad_keys": grad_keys, "list_sums": list_sums, "carry": carry,
-            **pick(constants, after.backward_inputs),
-        }  # fmt: skip
-        block = sum_columns(dim)
-        first_layer: dict[str, Any] = {
-            "dz1": dz1, **pick(call.layer_operands(), after.first_layer_sums), **pick(tabled, after.first_layer_sums),
-            "totals": first_sums, **pick(constants, after.first_layer_sums),
             "BLOCK_D": block, "H": widths[0], "A": blocks.a1, "R": blocks.r1,
         }  # fmt: skip
-        second_layer: dict[str, Any] = {
-            "dz2": dz2, "h1": h1, "first_slot": tables.first_slot, "totals": second_sums, "vectors": second_vectors,
-            "queries": queries,
-            **pick(constants, after.second_layer_sums),
-        }  # fmt: skip
         for first, end in batches:
-            tiles = {"first_tile": first, "end_tile": end}
-            kernels.backward_scores[(programs,)](**scores, **tiles, **ROW_OPTIONS)
-            after.backward_inputs[(programs,)](**inputs, **tiles, **ROW_OPTIONS)
-            after.first_layer_sums[(programs, -(-dim // block))](**first_layer, **tiles, **SUM_OPTIONS)
+            operands |= {"first_tile": first, "end_tile": end}
+            launch(kernels.backward_scores, (programs,), {**operands, "vectors": vectors}, **ROW_OPTIONS)
+            launch(after.backward_inputs, (programs,), operands, **ROW_OPTIONS)
+            launch(
+                after.first_layer_sums, (programs, -(-dim // block)), {**operands, "totals": first_sums}, **SUM_OPTIONS
+            )
             if two:
-                after.second_layer_sums[(programs,)](**second_layer, **tiles, **SUM_OPTIONS)
+                sums_of_two = {**operands, "totals": second_sums, "vectors": second_vectors}
+                launch(after.second_layer_sums, (programs,), sums_of_two, **SUM_OPTIONS)
         finish_packed[(-(-queries // FINISH_LISTS),)](
             carry, carry, tables.first_slot, list_sums, list_sums, queries,
             D=width, BLOCK_D=next_power_of_two(width), LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import FUSED, on_device
+from ..._launch import FUSED, launch, on_device
 from . import packed
+from .dice_statistics import Moments, merge
 from .factorise import FirstLayer, first_layer
 from .items import MAX_ITEM_ROWS, make_items
-from .packed_backward import pick
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import (
     COMBINE_BLOCK,
@@ -28,7 +28,6 @@ from .universal import (
     Prepared,
     Tiling,
     capability_of,
-    merge_moments,
     num_programs,
 )
 
@@ -216,6 +215,7 @@ class Tiled(Prepared):
         self.items = make_items(config, tensors, rows_per_item(config, tensors, programs))
         self.most_programs = programs
         self.programs = max(1, min(programs, self.items.bound * config.candidates))
+        self.known = layers
         self.params = self._parameters(layers)
         self.mask = tensors.keys if tensors.row_mask is None else tensors.row_mask.contiguous().view(torch.uint8)
 
@@ -230,24 +230,31 @@ class Tiled(Prepared):
         columns = 1 if hoisted else 3 * sum(self.config.hidden_units)
         gates = torch.empty(1 if hoisted else self.programs, columns, device=keys.device)
         options = launch_options(self.config, keys.dtype, self.form, statistics="LAYER" in arguments)
-        kernel[(self.programs,)](**pick({**everything, "gates": gates}, kernel), **options)
+        launch(kernel, (self.programs,), {**everything, "gates": gates}, **options)
 
 
-def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``universal.statistics``."""
+def moments_of_programs(call: Tiled, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``universal.moments_of_programs``."""
     from . import kernels_tiled_forward as kernels
 
-    call = Tiled(config, tensors, layers=layer)
-    device, width = tensors.keys.device, config.hidden_units[layer]
+    device = call.tensors.keys.device
     counts = torch.empty(call.programs, dtype=torch.int64, device=device)
-    means = torch.empty(call.programs, width, device=device)
+    means = torch.empty(call.programs, call.config.hidden_units[layer], device=device)
     m2s = torch.empty_like(means)
-    with on_device(tensors.keys):
+    with on_device(call.tensors.keys):
         call.launch(kernels.statistics_tiled, counts=counts, means=means, m2s=m2s, LAYER=layer)
-    return merge_moments(counts, means, m2s)
+    return counts, means, m2s
 
 
-def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
+def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> Moments:
+    """As ``universal.statistics``."""
+    return merge(*moments_of_programs(Tiled(config, tensors, layers=layer), layer))
+
+
+def forward(
+    config: UnitConfig, tensors: UnitTensors, *, return_weights: bool, call: Tiled | None = None
+) -> UnitOutputs:
+    """``call``: what the statistics prepared, if they did."""
     from . import kernels_tiled_forward as kernels
     from .kernels_universal_forward import combine_items, normalise_weights
 
@@ -259,7 +266,8 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
     attention = weights
     if softmax and return_weights:
         attention = torch.empty(pairs, device=keys.device)
-    call = Tiled(config, tensors, layers=len(config.hidden_units))
+    call = call or Tiled(config, tensors, layers=len(config.hidden_units))
+    call.know(len(config.hidden_units))
     several = call.items.slots > queries
     partial = torch.empty(call.items.slots if several else 1, dim, device=keys.device)
     partial_softmax = torch.empty(partial.shape[0] if softmax else 1, 2, device=keys.device)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import FUSED
+from ..._launch import FUSED, launch
 from . import packed, universal_backward
-from .packed_backward import pick
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import PARAMETER_VECTORS, Prepared, Tiling, capability_of
 
@@ -99,9 +98,8 @@ class Backward(universal_backward.Backward):
 
         kernel = kernels.backward_tiled
         everything = {**self.arguments, **arguments, "GATHER": gather, "PRIVATE": arguments["private"].shape[1]}
-        everything = pick(everything, kernel)
         for step in range(1, 2 if gather >= 0 else 2 + len(self.config.hidden_units)):
-            kernel[(self.call.programs,)](**everything, STEP=step, **launch_options())
+            launch(kernel, (self.call.programs,), {**everything, "STEP": step}, **launch_options())
 
 
 def dice_sums(

@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .dice_statistics import Moments, Used, used
 from .factorise import first_layer_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .torch_hidden import DiceDescent, HiddenGradients, HiddenLayers, Recorded
@@ -35,26 +35,6 @@ def _fits(config: UnitConfig, walk: Walk) -> bool:
     """Whether a handful of values per hidden unit and pair may be held for all pairs at once."""
     numbers = walk.packed.count * config.candidates * sum(config.hidden_units) * 4
     return numbers * walk.query.element_size() <= HELD_BYTES
-
-
-class Moments(NamedTuple):
-    """rows [] float64: how many there were; mean [H], m2 [H] = Σ (z − mean)²."""
-
-    rows: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    def statistics(self, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(mean, rstd) that Dice normalises with in training: the running ones when fewer than two rows were seen."""
-        enough = self.rows >= 2
-        mean = torch.where(enough, self.mean, running_mean.to(self.mean.dtype))
-        var = torch.where(enough, self.m2 / self.rows.clamp(min=1).to(self.m2.dtype), running_var.to(self.m2.dtype))
-        return mean, torch.rsqrt(var + eps)
-
-    def inv_count(self) -> Tensor:
-        """1/count where the batch's statistics serve, else 0."""
-        inverse = 1 / self.rows.clamp(min=1)
-        return torch.where(self.rows >= 2, inverse, torch.zeros_like(inverse)).to(self.m2.dtype)
 
 
 def _moments(chunks: Iterable[Tensor], like: Tensor) -> Moments:
@@ -131,17 +111,16 @@ def dice_forward(
     eps: list[float],
     *,
     return_weights: bool,
-) -> tuple[UnitOutputs, list[Moments]]:
+) -> tuple[UnitOutputs, list[Used]]:
     """Forward in training with Dice: statistics and outputs together, layer by layer over all rows, which are computed once
     where ``_fits``. ``tensors.means`` and ``tensors.rstds`` are filled on the way."""
     walk = Walk(config, tensors)
-    found: list[Moments] = []
+    found: list[Used] = []
 
     def note(moments: Moments) -> None:
-        mean, rstd = moments.statistics(*running[len(found)], eps[len(found)])
-        tensors.means.append(mean)
-        tensors.rstds.append(rstd)
-        found.append(moments)
+        found.append(used(moments, *running[len(found)], eps[len(found)]))
+        tensors.means.append(found[-1].used_mean)
+        tensors.rstds.append(found[-1].rstd)
 
     if not _fits(config, walk):
         for layer in range(len(config.hidden_units)):

@@ -8,22 +8,57 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import packed, packed_backward, tiled, tiled_backward, universal, universal_backward
+from . import dice_statistics, packed, packed_backward, tiled, tiled_backward, universal, universal_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 
 
-def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    path = tiled if tiled.serves_statistics(config, tensors, layer) else universal
-    return path.statistics(config, tensors, layer)
+class Calls:
+    """What passes over the same tensors prepare once: work items, the first layer's matrices."""
+
+    def __init__(self, config: UnitConfig, tensors: UnitTensors) -> None:
+        self.config, self.tensors = config, tensors
+        self.tiled: tiled.Tiled | None = None
+        self.universal: universal.Prepared | None = None
+
+    def moments_of_programs(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        config, tensors = self.config, self.tensors
+        if tensors.starts.numel() == 0:
+            return universal.no_moments(config, tensors, layer)
+        if tiled.serves_statistics(config, tensors, layer):
+            self.tiled = self.tiled or tiled.Tiled(config, tensors, layers=layer)
+            self.tiled.know(layer)
+            return tiled.moments_of_programs(self.tiled, layer)
+        self.universal = self.universal or universal.Prepared(config, tensors, layers=layer)
+        self.universal.know(layer)
+        return universal.moments_of_programs(self.universal, layer)
+
+    def forward(self, *, return_weights: bool) -> UnitOutputs:
+        config, tensors = self.config, self.tensors
+        by_packed = packed.serves(config, tensors)
+        by_tiled = tiled.serves(config, tensors, attention=return_weights)
+        if by_tiled and (not by_packed or tiled.prefers(config, tensors)):
+            return tiled.forward(config, tensors, return_weights=return_weights, call=self.tiled)
+        if by_packed:
+            return packed.forward(config, tensors, return_weights=return_weights)
+        return universal.forward(config, tensors, return_weights=return_weights, call=self.universal)
+
+
+def dice_forward(
+    config: UnitConfig, tensors: UnitTensors, running: list[tuple[Tensor, Tensor]], eps: list[float], *,
+    return_weights: bool,
+) -> tuple[UnitOutputs, list[dice_statistics.Used]]:  # fmt: skip
+    """Forward in training with Dice; ``tensors.means`` and ``tensors.rstds`` are filled on the way."""
+    calls = Calls(config, tensors)
+    found: list[dice_statistics.Used] = []
+    for layer, (mean, var) in enumerate(running):
+        found.append(dice_statistics.finish(*calls.moments_of_programs(layer), mean, var, eps[layer]))
+        tensors.means.append(found[-1].used_mean)
+        tensors.rstds.append(found[-1].rstd)
+    return calls.forward(return_weights=return_weights), found
 
 
 def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
-    by_packed = packed.serves(config, tensors)
-    by_tiled = tiled.serves(config, tensors, attention=return_weights)
-    if by_tiled and (not by_packed or tiled.prefers(config, tensors)):
-        return tiled.forward(config, tensors, return_weights=return_weights)
-    path = packed if by_packed else universal
-    return path.forward(config, tensors, return_weights=return_weights)
+    return Calls(config, tensors).forward(return_weights=return_weights)
 
 
 def backward(

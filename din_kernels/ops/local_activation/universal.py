@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import FUSED, on_device
+from ..._launch import FUSED, launch, on_device
+from .dice_statistics import Moments, merge
 from .factorise import FirstLayer, first_layer
 from .items import Items, make_items, rows_per_item
 from .problem import UnitConfig, UnitOutputs, UnitTensors
@@ -154,8 +155,14 @@ class Prepared:
         self.items: Items = make_items(config, tensors, rows)
         self.most_programs = programs
         self.programs = max(1, min(programs, self.items.bound * config.candidates))
+        self.known = layers
         self.params = self._parameters(layers)
         self.mask = keys if tensors.row_mask is None else tensors.row_mask.contiguous().view(torch.uint8)
+
+    def know(self, layers: int) -> None:
+        """From now on statistics of so many layers are known."""
+        if layers != self.known and self.config.uses_dice:
+            self.known, self.params = layers, self._parameters(layers)
 
     def _parameters(self, layers: int) -> Tensor:
         """One flat fp32 vector (see kernels_common.py); statistics of ``layers`` layers are known, the rest is
@@ -223,38 +230,41 @@ class Prepared:
         return torch.empty(count, dtype=dtype or keys.dtype, device=keys.device)
 
 
-def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(count [] float64, mean [H] fp32, m2 [H] fp32) of hidden layer ``layer``'s pre-activation over all pairs."""
+def moments_of_programs(call: Prepared, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """counts [P] int64, means and m2s [P, H] of hidden layer ``layer``'s pre-activation, of each program's pairs."""
     from . import kernels_universal_forward as kernels
 
-    device, width = tensors.keys.device, config.hidden_units[layer]
-    if tensors.starts.numel() == 0:
-        zero = torch.zeros(width, device=device)
-        return torch.zeros((), dtype=torch.float64, device=device), zero, zero.clone()
-    call = Prepared(config, tensors, layers=layer)
+    config, device = call.config, call.tensors.keys.device
     counts = torch.empty(call.programs, dtype=torch.int64, device=device)
-    means = torch.empty(call.programs, width, device=device)
+    means = torch.empty(call.programs, config.hidden_units[layer], device=device)
     m2s = torch.empty_like(means)
-    with on_device(tensors.keys):
-        kernels.statistics_items[(call.programs,)](
-            **call.layer_operands(), counts=counts, means=means, m2s=m2s,
-            scratch=call.scratch(scratch_columns(config, call.tiles, layer)),
-            LAYER=layer, **launch_options(call.tiles), **call.constants(),
-        )  # fmt: skip
-    return merge_moments(counts, means, m2s)
+    operands = {
+        **call.layer_operands(), "counts": counts, "means": means, "m2s": m2s,
+        "scratch": call.scratch(scratch_columns(config, call.tiles, layer)), "LAYER": layer, **call.constants(),
+    }  # fmt: skip
+    with on_device(call.tensors.keys):
+        launch(kernels.statistics_items, (call.programs,), operands, **launch_options(call.tiles))
+    return counts, means, m2s
 
 
-def merge_moments(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Chan's formula over the programs' moments [P], [P, H], [P, H], in float64 (a few thousand numbers)."""
-    counts = counts.double()
-    total = counts.sum()
-    shares = (counts / total.clamp(min=1)).unsqueeze(1)
-    mean = (shares * means).sum(0)
-    m2 = (m2s + counts.unsqueeze(1) * (means - mean).square()).sum(0)
-    return total, mean.float(), m2.float()
+def no_moments(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where there are no lists."""
+    device = tensors.keys.device
+    zero = torch.zeros(1, config.hidden_units[layer], device=device)
+    return torch.zeros(1, dtype=torch.int64, device=device), zero, zero
 
 
-def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
+def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> Moments:
+    """Moments of hidden layer ``layer``'s pre-activation over all pairs."""
+    if tensors.starts.numel() == 0:
+        return merge(*no_moments(config, tensors, layer))
+    return merge(*moments_of_programs(Prepared(config, tensors, layers=layer), layer))
+
+
+def forward(
+    config: UnitConfig, tensors: UnitTensors, *, return_weights: bool, call: Prepared | None = None
+) -> UnitOutputs:
+    """``call``: what the statistics prepared, if they did."""
     from . import kernels_universal_forward as kernels
 
     keys, depth = tensors.keys, len(config.hidden_units)
@@ -264,7 +274,8 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
     weights = keys.new_zeros(keys.shape[0] * config.candidates) if return_weights else None
     if queries == 0:
         return UnitOutputs(pooled, weights, log_normaliser if config.softmax else None)
-    call = Prepared(config, tensors, layers=depth)
+    call = call or Prepared(config, tensors, layers=depth)
+    call.know(depth)
     attention = weights
     if config.softmax and return_weights:
         attention = torch.empty(keys.shape[0] * config.candidates, device=keys.device)
@@ -272,14 +283,15 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
     partial = torch.empty(call.items.slots if several else 1, config.embedding_dim, device=keys.device)
     partial_softmax = torch.empty(partial.shape[0] if config.softmax else 1, 2, device=keys.device)
     with on_device(keys):
-        kernels.forward_items[(call.programs,)](
-            **call.layer_operands(), pooled=pooled, log_normaliser=log_normaliser,
-            partial=partial, partial_softmax=partial_softmax, attention=pooled if attention is None else attention,
-            scratch=call.scratch(scratch_columns(config, call.tiles, depth - 1)),
-            scale=float(config.scale), **call.weight_strides(),
-            BLOCK_D=call.tiles.padded_dim, DEPTH=depth, SOFTMAX=config.softmax, HAS_ATTENTION=return_weights,
-            **launch_options(call.tiles), **call.constants(),
-        )  # fmt: skip
+        operands = {
+            **call.layer_operands(), "pooled": pooled, "log_normaliser": log_normaliser,
+            "partial": partial, "partial_softmax": partial_softmax,
+            "attention": pooled if attention is None else attention,
+            "scratch": call.scratch(scratch_columns(config, call.tiles, depth - 1)),
+            "scale": float(config.scale), **call.weight_strides(), **call.constants(),
+            "BLOCK_D": call.tiles.padded_dim, "DEPTH": depth, "SOFTMAX": config.softmax, "HAS_ATTENTION": return_weights,
+        }  # fmt: skip
+        launch(kernels.forward_items, (call.programs,), operands, **launch_options(call.tiles))
         if several:
             block = min(COMBINE_BLOCK, call.tiles.padded_dim)
             grid = (min(queries, num_programs(keys.device, 8)), -(-config.embedding_dim // block))

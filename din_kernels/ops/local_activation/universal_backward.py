@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._launch import on_device
+from ..._launch import launch, on_device
 from .factorise import FirstLayerGradients, first_layer_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import Prepared, launch_options, num_programs, scratch_columns
@@ -85,9 +85,11 @@ class Backward:
     def launch(self, gather: int, **arguments: Any) -> None:
         from . import kernels_universal_backward as kernels
 
-        kernels.backward_items[(self.call.programs,)](
-            **self.arguments, **arguments, GATHER=gather, **launch_options(self.call.tiles, crowded=gather < 0)
-        )
+        operands = {**self.arguments, **arguments, "GATHER": gather}
+        launch(
+            kernels.backward_items, (self.call.programs,), operands,
+            **launch_options(self.call.tiles, crowded=gather < 0),
+        )  # fmt: skip
 
     def _add_slots(self, slots: Tensor) -> None:
         """slots [·, …]: afterwards the first Q are complete."""

@@ -95,6 +95,8 @@ for name, options in {
         "args": ("product", "prelu", 36, (16,)), "layout": "lengths", "index": torch.int32, "candidates": 3,
         "softmax": True, "return_weights": True,
     },
+    "packed sigmoid, many lists": {"args": ("product", "sigmoid", 16, (16,)), "batch": 10000, "length": 3},
+    "tiled outer sigmoid, many lists": {"args": ("outer", "sigmoid", 16, (16,)), "batch": 10000, "length": 3},
     "packed relu softmax, skewed rows": {"args": ("product", "relu", 16, (16,)), "softmax": True, "skew": 1},
     "packed relu softmax, wide": {"args": ("product", "relu", 128, (128,)), "dtype": FP16, "softmax": True},
     "packed fp32 by tf32": {"args": ("product", "sigmoid", 16, (16,)), "dtype": FP32},

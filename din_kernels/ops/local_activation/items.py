@@ -17,9 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._launch import on_device
 from .problem import UnitConfig, UnitTensors
 
 MAX_ITEM_ROWS = 512
+BLOCK, BLOCK_SUMS = 1024, 128  # lists of a program that numbers chunks; sums it reads at a time
+FEW_BLOCKS = 8
 
 
 class Items(NamedTuple):
@@ -44,6 +47,8 @@ def rows_per_item(config: UnitConfig, tensors: UnitTensors, *, tile: int, progra
 
 
 def make_items(config: UnitConfig, tensors: UnitTensors, rows: int) -> Items:
+    from . import kernels_items as kernels
+
     device = tensors.keys.device
     lists, total = tensors.starts.numel(), tensors.keys.shape[0]
     queries = lists * config.candidates
@@ -51,13 +56,21 @@ def make_items(config: UnitConfig, tensors: UnitTensors, rows: int) -> Items:
         # Every list is one chunk whatever its length.
         identity = torch.arange(lists + 1, device=device)
         return Items(identity, identity, rows, lists, queries)
-    lengths = tensors.ends.long() - tensors.starts.long()
-    chunks = torch.div(lengths + (rows - 1), rows, rounding_mode="floor").clamp_(min=1)
-    chunk_offsets = torch.zeros(lists + 1, dtype=torch.int64, device=device)
-    torch.cumsum(chunks, 0, out=chunk_offsets[1:])
     extra = total // rows
     if config.padded_length:
         extra = min(extra, lists * (-(-config.padded_length // rows) - 1))
     bound = lists + extra
-    chunk_list = torch.searchsorted(chunk_offsets[1:], torch.arange(bound, device=device), right=True)
+    chunk_offsets = torch.empty(lists + 1, dtype=torch.int64, device=device)
+    chunk_list = torch.empty(bound, dtype=torch.int64, device=device)
+    blocks = -(-(lists + 1) // BLOCK)
+    summed = blocks > FEW_BLOCKS
+    spans = (tensors.starts, tensors.ends)
+    sums = torch.empty(blocks, dtype=torch.int64, device=device) if summed else chunk_offsets
+    with on_device(tensors.keys):
+        if summed:
+            kernels.sum_chunks[(blocks,)](*spans, sums, rows, lists, BLOCK=BLOCK, num_warps=4)
+        kernels.make_chunks[(blocks,)](
+            *spans, sums, chunk_offsets, chunk_list, rows, lists,
+            BLOCK=BLOCK, BLOCK_SUMS=BLOCK_SUMS, SUMMED=summed, num_warps=4,
+        )  # fmt: skip
     return Items(chunk_offsets, chunk_list, rows, bound, queries + extra * config.candidates)

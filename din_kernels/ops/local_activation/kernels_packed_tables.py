@@ -29,13 +29,19 @@ def sum_slots(starts, ends, sums, candidates, queries, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["candidates", "queries"])
 def make_tables(starts, ends, sums, first_slot, tile_first, candidates, queries, BLOCK: tl.constexpr,
-                BLOCK_SUMS: tl.constexpr):  # fmt: skip
-    """The tables, one BLOCK of query rows a program, after ``sum_slots``."""
+                BLOCK_SUMS: tl.constexpr, SUMMED: tl.constexpr):  # fmt: skip
+    """The tables, one BLOCK of query rows a program. SUMMED: after ``sum_slots``; otherwise a program adds up all query rows
+    before its own, which for a few blocks takes less than another launch."""
     block = tl.program_id(0)
-    before = tl.zeros([BLOCK_SUMS], tl.int32)
-    for i0 in range(0, block, BLOCK_SUMS):
-        i = i0 + tl.arange(0, BLOCK_SUMS)
-        before += tl.load(sums + i, mask=i < block, other=0)
+    if SUMMED:
+        before = tl.zeros([BLOCK_SUMS], tl.int32)
+        for i0 in range(0, block, BLOCK_SUMS):
+            i = i0 + tl.arange(0, BLOCK_SUMS)
+            before += tl.load(sums + i, mask=i < block, other=0)
+    else:
+        before = tl.zeros([BLOCK], tl.int32)
+        for i in range(0, block):
+            before += _slots(starts, ends, i * BLOCK + tl.arange(0, BLOCK), candidates, queries)[2]
     q = block * BLOCK + tl.arange(0, BLOCK)
     inside = q < queries
     _, _, slots = _slots(starts, ends, q, candidates, queries)

@@ -26,6 +26,7 @@ from .universal import ACTIVATION_CODES, capability_of, num_programs
 
 TILE, SEGMENTS, MIN_SLOTS = 64, 16, 5  # as in kernels_packed_common.py
 TABLE_BLOCK = 1024  # query rows of a program that makes tables
+FEW_BLOCKS = 8  # so many add up what comes before them themselves
 FINISH_LISTS = 16
 INT32 = 2**31 - 1
 
@@ -102,16 +103,16 @@ def make_tables(config: UnitConfig, tensors: UnitTensors) -> Tables:
     device, queries = tensors.keys.device, tensors.query.shape[0]
     tiles = -(-most_slots(config, tensors) // TILE)
     blocks = -(-(queries + 1 + SEGMENTS) // TABLE_BLOCK)
-    sizes = [tiles * TILE, tiles * TILE, tiles + 1, queries + 1 + SEGMENTS, blocks]
-    # In whole steps of 16 bytes: Triton compiles a kernel anew for pointers that are aligned otherwise.
-    sizes = [-(-size // 4) * 4 for size in sizes]
-    memory = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    slot_query, slot_row, tile_first, first_slot, sums = memory.split(sizes)
-    lists = (tensors.starts, tensors.ends)
-    kernels.sum_slots[(blocks,)](*lists, sums, config.candidates, queries, BLOCK=TABLE_BLOCK, num_warps=4)
+    slot_query, slot_row, tile_first, first_slot, sums = (
+        torch.empty(size, dtype=torch.int32, device=device)
+        for size in (tiles * TILE, tiles * TILE, tiles + 1, queries + 1 + SEGMENTS, blocks)
+    )
+    lists, summed = (tensors.starts, tensors.ends), blocks > FEW_BLOCKS
+    if summed:
+        kernels.sum_slots[(blocks,)](*lists, sums, config.candidates, queries, BLOCK=TABLE_BLOCK, num_warps=4)
     kernels.make_tables[(blocks,)](
         *lists, sums, first_slot, tile_first, config.candidates, queries,
-        BLOCK=TABLE_BLOCK, BLOCK_SUMS=128, num_warps=4,
+        BLOCK=TABLE_BLOCK, BLOCK_SUMS=128, SUMMED=summed, num_warps=4,
     )  # fmt: skip
     kernels.fill_slots[(min(tiles, num_programs(device, 16)),)](
         *lists, first_slot, tile_first, slot_query, slot_row, config.candidates, queries, num_warps=4

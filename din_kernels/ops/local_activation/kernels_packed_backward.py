@@ -11,7 +11,9 @@ more than reading dz1. The host hands tiles over in batches so small that what l
 cache, and memory is bounded whatever the number of rows.
 
 For sigmoid, weights come multiplied by −log₂e (``scale_of``); what passes back through them is divided by that, once
-for a row (dz2 is stored so divided) or for a sum.
+for a row: dz2 is stored so divided. Of the two factors of φ' = h (1 − h) the first is multiplied into what comes from
+above, x = h ∂L/∂h, and the second is taken as x − x h: in fp32 at the top, where x also is the term of the output layer's
+gradient; below it in 16 bits, two channels to an instruction, as h there has no more.
 """
 
 import triton
@@ -24,6 +26,9 @@ from .kernels_packed_common import (
     SEGMENTS,
     TILE,
     activate,
+    begin_layer,
+    bias_columns,
+    bias_rows,
     load_activation,
     load_first_layer,
     load_matrix,
@@ -42,12 +47,21 @@ def unscale(ACT: tl.constexpr):
 
 
 @triton.jit
+def less_product(a, b, FAST: tl.constexpr):
+    """a − a · b in the dtype of ``a``, rounded once."""
+    if FAST:
+        return tl.fma(-a, b, a)
+    a = a.to(tl.float32)
+    return (a - a * b.to(tl.float32)).to(b.dtype)
+
+
+@triton.jit
 def through_activation(dh, z, h, live, alpha, mean, rstd, sums, n, H: tl.constexpr, ACT: tl.constexpr,
                        BATCH_STATISTICS: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """(dz, terms of α's gradient or dz again where there is no α). ``sums``: Dice's two, divided by the count."""
     if ACT == SIGMOID:
-        h = h.to(tl.float32)
-        dz = dh * (h * (1.0 - h))
+        dh_h = product(dh.to(h.dtype), h, FAST)
+        dz = less_product(dh_h, h, FAST)
         return dz, dz
     elif ACT == RELU:
         dz = tl.where(h.to(tl.float32) == 0, 0.0, dh)  # of z and h, h takes half the registers
@@ -70,6 +84,21 @@ def through_activation(dh, z, h, live, alpha, mean, rstd, sums, n, H: tl.constex
         if BATCH_STATISTICS:
             dz = tl.where(live[:, None], dz, 0.0)  # dh is 0 in an empty slot, a share of the means is not
         return dz, dh_z * (1.0 - p)
+
+
+@triton.jit
+def from_score(ds, t, y, out, total, live, alpha, mean, rstd, sums, n, H: tl.constexpr, ACT: tl.constexpr,
+               BATCH_STATISTICS: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """(dz of the top layer, total + ds · t, terms of α's gradient or dz again where there is no α)."""
+    of_out = t * ds[:, None]
+    if ACT == SIGMOID:
+        dh_h = of_out * out[None, :]
+        dz = dh_h - dh_h * t
+        return dz, total + of_out, dz
+    else:
+        dz, of_alpha = through_activation(ds[:, None] * out[None, :], y, t, live, alpha, mean, rstd, sums, n, H, ACT,
+                                          BATCH_STATISTICS, FAST)  # fmt: skip
+        return dz, total + of_out, of_alpha
 
 
 @triton.jit
@@ -106,11 +135,12 @@ def backward_scores(
     D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
     H2: tl.constexpr, A2: tl.constexpr, R2: tl.constexpr, ACT: tl.constexpr, BIASES: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr, WGMMA: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Tiles first_tile … end_tile − 1, each program every P-th. ``attention`` [·], ``dz1``, ``h1`` [·, A1 + R1] and
     ``dz2`` [·, A2 + R2] begin with the slots of first_tile. A program's row of ``vectors``, zero at first and added to:
-    [Σ ds · h_top, Σ ds, α1, α2], of widths [H_top, 1, H1 and H2 with PReLU and Dice]."""
+    [Σ ds · h_top, Σ ds, α1, α2], of widths [H_top, 1, H1 and H2 with PReLU and Dice]. WGMMA: see ``begin_layer``. HOIST:
+    registers suffice to keep the output layer's weights."""
     dtype: tl.constexpr = keys.dtype.element_ty
     OUT_BIAS: tl.constexpr = 4 if H2 > 0 else 2
     TOP: tl.constexpr = H2 if H2 > 0 else H1
@@ -147,6 +177,15 @@ def backward_scores(
                 w2_rr = (load_matrix(weight2, n_r, m_r, H1, H1, H2) * scale_of(ACT)).to(dtype)
         top_a = m_a
         top_r = m_r
+    columns = bias_columns(dtype)
+    b1_a = bias_rows(bias1, n_a, H1, (BIASES & 1) > 0, ACT, dtype)
+    b1_r = b1_a
+    if R1 > 0:
+        b1_r = bias_rows(bias1, n_r, H1, (BIASES & 1) > 0, ACT, dtype)
+    if H2 > 0:
+        b2_a = bias_rows(bias2, m_a, H2, (BIASES & 2) > 0, ACT, dtype)
+        if R2 > 0:
+            b2_r = bias_rows(bias2, m_r, H2, (BIASES & 2) > 0, ACT, dtype)
     out_bias = tl.full([], 0.0, tl.float32)
     if BIASES & OUT_BIAS:
         out_bias = tl.load(bias_out).to(tl.float32)
@@ -157,11 +196,16 @@ def backward_scores(
     # Summed over rows only at the end.
     out_total_a = tl.zeros([TILE, top_a.shape[0]], tl.float32)
     out_total_r = tl.zeros([TILE, top_r.shape[0]], tl.float32)
-    alpha1_total_a = tl.zeros([TILE, A1], tl.float32)
-    alpha1_total_r = tl.zeros([TILE, n_r.shape[0]], tl.float32)
+    alpha_top_a = tl.zeros([TILE, top_a.shape[0]], tl.float32)
+    alpha_top_r = tl.zeros([TILE, top_r.shape[0]], tl.float32)
+    alpha, mean, rstd, sums = alpha1, mean1, rstd1, sums1  # of the top layer
     if H2 > 0:
-        alpha2_total_a = tl.zeros([TILE, A2], tl.float32)
-        alpha2_total_r = tl.zeros([TILE, m_r.shape[0]], tl.float32)
+        alpha_low_a = tl.zeros([TILE, A1], tl.float32)
+        alpha_low_r = tl.zeros([TILE, n_r.shape[0]], tl.float32)
+        alpha, mean, rstd, sums = alpha2, mean2, rstd2, sums2
+    if HOIST:
+        out_a = load_vector(weight_out, top_a, TOP, True)
+        out_r = load_vector(weight_out, top_r, TOP, True)
     ds_total = tl.zeros([TILE], tl.float32)
 
     num_slots = tl.load(first_slot + queries)
@@ -180,14 +224,12 @@ def backward_scores(
         g_a = load_rows(grad_pooled, its_q, d_a, its_q < queries, D, D, True)
         crossed = tl.dot(e_a, tl.trans(g_a), input_precision=PRECISION)  # [TILE, SEGMENTS]
         # Forward again. Vectors are loaded where they are used: to keep them would take the registers of a tile.
-        b1_a = load_vector(bias1, n_a, H1, (BIASES & 1) > 0) * scale_of(ACT)
-        z_a = add_first_layer(tl.broadcast_to(b1_a[None, :], [TILE, A1]), e_a, v_a, ve_a, k_aa, p_aa, q_aa, PRECISION)
+        z_a = begin_layer(columns, b1_a, bias1, n_a, H1, (BIASES & 1) > 0, ACT, WGMMA, PRECISION)
+        z_a = add_first_layer(z_a, e_a, v_a, ve_a, k_aa, p_aa, q_aa, PRECISION)
         z_r = z_a
         if R1 > 0:
-            b1_r = load_vector(bias1, n_r, H1, (BIASES & 1) > 0) * scale_of(ACT)
-            z_r = add_first_layer(
-                tl.broadcast_to(b1_r[None, :], [TILE, R1]), e_a, v_a, ve_a, k_ar, p_ar, q_ar, PRECISION
-            )
+            z_r = begin_layer(columns, b1_r, bias1, n_r, H1, (BIASES & 1) > 0, ACT, WGMMA, PRECISION)
+            z_r = add_first_layer(z_r, e_a, v_a, ve_a, k_ar, p_ar, q_ar, PRECISION)
         if RD > 0:
             e_r = load_rows(keys, row, d_r, live, key_stride, D, CONTIGUOUS)
             v_r = load_rows(query, q, d_r, live, D, D, True)
@@ -212,8 +254,8 @@ def backward_scores(
         if H2 > 0:
             here = (slot - first_tile * TILE)[:, None]
             tl.store(h1 + here * W1 + n_a[None, :], h_a)
-            b2_a = load_vector(bias2, m_a, H2, (BIASES & 2) > 0) * scale_of(ACT)
-            y_a = tl.dot(h_a, w2_aa, tl.broadcast_to(b2_a[None, :], [TILE, A2]), input_precision=PRECISION)
+            y_a = begin_layer(columns, b2_a, bias2, m_a, H2, (BIASES & 2) > 0, ACT, WGMMA, PRECISION)
+            y_a = tl.dot(h_a, w2_aa, y_a, input_precision=PRECISION)
             if R1 > 0:
                 tl.store(h1 + here * W1 + n_r[None, :], h_r)
                 y_a = tl.dot(h_r, w2_ra, y_a, input_precision=PRECISION)
@@ -221,15 +263,15 @@ def backward_scores(
             t_a = activate(y_a, c0, c1, c2, ACT, FAST)
             y_r, t_r = y_a, t_a
             if R2 > 0:
-                b2_r = load_vector(bias2, m_r, H2, (BIASES & 2) > 0) * scale_of(ACT)
-                y_r = tl.dot(h_a, w2_ar, tl.broadcast_to(b2_r[None, :], [TILE, R2]),
-                             input_precision=PRECISION)  # fmt: skip
+                y_r = begin_layer(columns, b2_r, bias2, m_r, H2, (BIASES & 2) > 0, ACT, WGMMA, PRECISION)
+                y_r = tl.dot(h_a, w2_ar, y_r, input_precision=PRECISION)
                 if R1 > 0:
                     y_r = tl.dot(h_r, w2_rr, y_r, input_precision=PRECISION)
                 c0, c1, c2 = load_activation(alpha2, mean2, rstd2, m_r, H2, ACT)
                 t_r = activate(y_r, c0, c1, c2, ACT, FAST)
-        out_a = load_vector(weight_out, top_a, TOP, True)
-        out_r = load_vector(weight_out, top_r, TOP, True)
+        if not HOIST:
+            out_a = load_vector(weight_out, top_a, TOP, True)
+            out_r = load_vector(weight_out, top_r, TOP, True)
         a = tl.sum(t_a * out_a[None, :], axis=1) + out_bias
         if TOP_R > 0:
             a += tl.sum(t_r * out_r[None, :], axis=1)
@@ -247,64 +289,62 @@ def backward_scores(
         tl.store(attention + slot - first_tile * TILE, a)
 
         # Down through the layers.
-        top_ds = ds
-        if H2 > 0:
-            top_ds = ds * unscale(ACT)
-        out_total_a += t_a * ds[:, None]
+        top_ds = ds * unscale(ACT) if H2 > 0 else ds
+        if not HOIST:  # loaded a second time, which costs less than to keep it
+            out_a = load_vector(weight_out, top_a, TOP, True)
+            out_r = load_vector(weight_out, top_r, TOP, True)
+        dy_a, out_total_a, of_alpha = from_score(top_ds, t_a, y_a, out_a, out_total_a, live, alpha, mean, rstd, sums,
+                                                 top_a, TOP, ACT, BATCH_STATISTICS, FAST)  # fmt: skip
+        dy_a = dy_a.to(dtype)
+        if HAS_ALPHA:
+            alpha_top_a += of_alpha
+        dy_r = dy_a
         if TOP_R > 0:
-            out_total_r += t_r * ds[:, None]
-        # Loaded a second time, which costs less than to keep it.
-        dh_a = top_ds[:, None] * load_vector(weight_out, top_a, TOP, True)[None, :]
-        dh_r = top_ds[:, None] * load_vector(weight_out, top_r, TOP, True)[None, :]
-        if H2 > 0:
-            dy_a, of_alpha = through_activation(dh_a, y_a, t_a, live, alpha2, mean2, rstd2, sums2, m_a, H2, ACT,
-                                                BATCH_STATISTICS, FAST)  # fmt: skip
-            dy_a = dy_a.to(dtype)
-            tl.store(dz2 + here * W2 + m_a[None, :], dy_a)
+            dy_r, out_total_r, of_alpha = from_score(top_ds, t_r, y_r, out_r, out_total_r, live, alpha, mean, rstd, sums,
+                                                     top_r, TOP, ACT, BATCH_STATISTICS, FAST)  # fmt: skip
+            dy_r = dy_r.to(dtype)
             if HAS_ALPHA:
-                alpha2_total_a += of_alpha
+                alpha_top_r += of_alpha
+        dz_a, dz_r = dy_a, dy_r
+        if H2 > 0:
+            tl.store(dz2 + here * W2 + m_a[None, :], dy_a)
             dh_a = tl.dot(dy_a, tl.trans(w2_aa), input_precision=PRECISION)
             if R1 > 0:
                 dh_r1 = tl.dot(dy_a, tl.trans(w2_ra), input_precision=PRECISION)
             if R2 > 0:
-                dy_r, of_alpha = through_activation(dh_r, y_r, t_r, live, alpha2, mean2, rstd2, sums2, m_r, H2, ACT,
-                                                    BATCH_STATISTICS, FAST)  # fmt: skip
-                dy_r = dy_r.to(dtype)
                 tl.store(dz2 + here * W2 + m_r[None, :], dy_r)
-                if HAS_ALPHA:
-                    alpha2_total_r += of_alpha
                 dh_a = tl.dot(dy_r, tl.trans(w2_ar), dh_a, input_precision=PRECISION)
                 if R1 > 0:
                     dh_r1 = tl.dot(dy_r, tl.trans(w2_rr), dh_r1, input_precision=PRECISION)
+            dz_a, of_alpha = through_activation(dh_a, z_a, h_a, live, alpha1, mean1, rstd1, sums1, n_a, H1, ACT,
+                                                BATCH_STATISTICS, FAST)  # fmt: skip
+            dz_a = dz_a.to(dtype)
+            if HAS_ALPHA:
+                alpha_low_a += of_alpha
             if R1 > 0:
-                dh_r = dh_r1
-        dz_a, of_alpha = through_activation(dh_a, z_a, h_a, live, alpha1, mean1, rstd1, sums1, n_a, H1, ACT,
-                                            BATCH_STATISTICS, FAST)  # fmt: skip
-        dz_a = dz_a.to(dtype)
+                dz_r, of_alpha = through_activation(dh_r1, z_r, h_r, live, alpha1, mean1, rstd1, sums1, n_r, H1, ACT,
+                                                    BATCH_STATISTICS, FAST)  # fmt: skip
+                dz_r = dz_r.to(dtype)
+                if HAS_ALPHA:
+                    alpha_low_r += of_alpha
         at = (slot - first_tile * TILE)[:, None] * W1
         tl.store(dz1 + at + n_a[None, :], dz_a)
-        if HAS_ALPHA:
-            alpha1_total_a += of_alpha
-        dz_r = dz_a
         if R1 > 0:
-            dz_r, of_alpha = through_activation(dh_r, z_r, h_r, live, alpha1, mean1, rstd1, sums1, n_r, H1, ACT,
-                                                BATCH_STATISTICS, FAST)  # fmt: skip
-            dz_r = dz_r.to(dtype)
             tl.store(dz1 + at + n_r[None, :], dz_r)
-            if HAS_ALPHA:
-                alpha1_total_r += of_alpha
 
     WIDTH: tl.constexpr = AT_ALPHA + (H1 + H2 if HAS_ALPHA else 0)
     vectors += tl.program_id(0) * WIDTH
-    add_vector(out_total_a, top_a, vectors, TOP)
+    of_out = 1.0 / unscale(ACT) if H2 > 0 else 1.0
+    add_vector(out_total_a * of_out, top_a, vectors, TOP)
     if TOP_R > 0:
-        add_vector(out_total_r, top_r, vectors, TOP)
+        add_vector(out_total_r * of_out, top_r, vectors, TOP)
     tl.store(vectors + TOP, tl.load(vectors + TOP) + tl.sum(ds_total, axis=0))
     if HAS_ALPHA:
-        add_vector(alpha1_total_a, n_a, vectors + AT_ALPHA, H1)
-        if R1 > 0:
-            add_vector(alpha1_total_r, n_r, vectors + AT_ALPHA, H1)
+        AT_TOP: tl.constexpr = AT_ALPHA + (H1 if H2 > 0 else 0)
+        add_vector(alpha_top_a, top_a, vectors + AT_TOP, TOP)
+        if TOP_R > 0:
+            add_vector(alpha_top_r, top_r, vectors + AT_TOP, TOP)
         if H2 > 0:
-            add_vector(alpha2_total_a, m_a, vectors + AT_ALPHA + H1, H2)
-            if R2 > 0:
-                add_vector(alpha2_total_r, m_r, vectors + AT_ALPHA + H1, H2)
+            add_vector(alpha_low_a, n_a, vectors + AT_ALPHA, H1)
+            if R1 > 0:
+                add_vector(alpha_low_r, n_r, vectors + AT_ALPHA, H1)

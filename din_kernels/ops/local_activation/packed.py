@@ -251,7 +251,7 @@ class Packed:
         biases = sum(1 << layer for layer, bias in enumerate(self.tensors.biases) if bias is not None)
         return {
             **shape_constants(self.config), "BIASES": biases, "FAST": fast_instructions(),
-            "CONTIGUOUS": is_contiguous(self.tensors.keys),
+            "CONTIGUOUS": is_contiguous(self.tensors.keys), "WGMMA": capability_of(self.tensors.keys.device) >= 90,
             "PRECISION": kernel_precision(self.config, self.tensors.keys.dtype),
         }  # fmt: skip
 

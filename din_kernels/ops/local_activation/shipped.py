@@ -165,7 +165,8 @@ def _packed_case(
     two = len(config.hidden_units) > 1
     everything = {
         **packed.shape_constants(config), "BIASES": 7 if two else 3, "FAST": fast, "CONTIGUOUS": True,
-        "PRECISION": packed.kernel_precision(config, dtype), "SOFTMAX": config.softmax, **extra,
+        "PRECISION": packed.kernel_precision(config, dtype), "SOFTMAX": config.softmax,
+        "WGMMA": "sm_90" in targets, **extra,
     }  # fmt: skip
     constants = {k: v for k, v in everything.items() if k in kernel.arg_names}
 
@@ -204,7 +205,10 @@ def _packed() -> Iterator[CompileCase]:
         fits: Callable[[UnitConfig, torch.dtype, int], bool],
     ) -> Iterator[CompileCase]:  # fmt: skip
         targets = tuple(t for t, capability in (("sm_80", 80), ("sm_90", 90)) if fits(config, dtype, capability))
-        if targets:
+        if "WGMMA" in kernel.arg_names and targets == ("sm_80", "sm_90"):
+            yield _packed_case(f"{name}-80", kernel, config, dtype, extra, options, ("sm_80",), True)
+            yield _packed_case(name, kernel, config, dtype, extra, options, ("sm_90",), True)
+        elif targets:
             yield _packed_case(name, kernel, config, dtype, extra, options, targets, True)
         if "sm_80" in targets:  # what AMD's GPUs count as
             yield _packed_case(name, kernel, config, dtype, extra, options, ("gfx942",), False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..._tuning import CompileCase
-from . import packed, packed_backward, shipped_statistics, shipped_tiled, shipped_tiled_backward
+from . import packed, packed_backward, shipped_small, shipped_tiled, shipped_tiled_backward
 from .problem import UnitConfig
 from .universal import Tiling, kernel_precision, launch_options, shape_constants, tiling
 
@@ -250,5 +250,5 @@ def compile_cases() -> list[CompileCase]:
         *shipped_tiled.compile_cases(),
         *shipped_tiled_backward.compile_cases(),
         *_universal(),
-        *shipped_statistics.compile_cases(),
+        *shipped_small.compile_cases(),
     ]

@@ -1,6 +1,7 @@
 """Which implementation serves a call: the Triton kernels or the plain-torch twin.
 
-``backend=None``      automatic: Triton for CUDA/HIP tensors when Triton is installed, torch otherwise.
+``backend=None``      automatic: Triton for CUDA/HIP tensors when Triton is installed and the GPU is one that it supports
+                      (NVIDIA: compute capability 8.0 and newer), torch otherwise.
 ``backend="triton"``  the kernels; raises where they cannot run. With ``TRITON_INTERPRET=1`` they run on CPU tensors.
 ``backend="torch"``   the vectorised torch implementation, on any device.
 
@@ -10,23 +11,29 @@ raises; an automatic choice that has to leave the fast path says so once, in the
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 logger = logging.getLogger("din_kernels")
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 BACKENDS = ("triton", "torch")
+
+# Ampere: the oldest that Triton supports, and that the kernels are compiled and budgeted for.
+OLDEST_CAPABILITY = (8, 0)
 
 
 class BackendUnavailable(RuntimeError):
     """An explicitly requested backend cannot run here; the message says what is missing."""
 
 
-_TRITON_FOUND = importlib.util.find_spec("triton") is not None  # at import: torch.compile warns of cached functions
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None  # at import: every call asks
 
 
 def has_triton() -> bool:
@@ -44,10 +51,22 @@ def debug_enabled() -> bool:
     return os.environ.get("DIN_KERNELS_DEBUG", "0").lower() in ("1", "true", "yes", "on")
 
 
-@functools.cache
+def while_tracing(function: _Function) -> _Function:
+    """torch.compile, when it meets ``function``, calls it and takes the result for a constant instead of tracing what it does:
+    ``torch.compiler.assume_constant_result``, which imports the whole compiler to set this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_said: set[str] = set()
+
+
+@while_tracing
 def log_once(message: str) -> None:
     """Log ``message`` at warning level the first time it is said in this process."""
-    logger.warning(message)
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
 
 
 def check_name(backend: str | None) -> None:
@@ -55,17 +74,52 @@ def check_name(backend: str | None) -> None:
         raise ValueError(f"backend must be None, 'triton' or 'torch', got {backend!r}")
 
 
+_too_old: dict[torch.device, str] = {}
+
+
+@while_tracing
+def why_too_old(device: torch.device) -> str:
+    """What keeps the kernels off the GPU ``device``; empty if nothing does, or nobody can tell: it is not here (fake tensors).
+    Every call asks, so the answer is kept, though not that of "the current device"."""
+    reason = _too_old.get(device)
+    if reason is None:
+        reason = _look_up_age(device)
+        if device.index is not None:
+            _too_old[device] = reason
+    return reason
+
+
+def _look_up_age(device: torch.device) -> str:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) >= OLDEST_CAPABILITY:
+        return ""
+    oldest = ".".join(map(str, OLDEST_CAPABILITY))
+    return (
+        f"'{device}' ({properties.name}) has compute capability {properties.major}.{properties.minor}, "
+        f"and Triton needs {oldest} or newer"
+    )
+
+
 def resolve(backend: str | None, device: torch.device) -> str:
     """Return ``"triton"`` or ``"torch"`` for tensors on ``device``.
 
     Raises ``BackendUnavailable`` when ``backend="triton"`` (as an argument or through ``DIN_KERNELS_BACKEND``) cannot
-    serve: Triton is not installed, or the tensors are on a CPU and the interpreter is not switched on.
+    serve: Triton is not installed, the GPU is older than Triton supports, or the tensors are on a CPU and the interpreter
+    is not switched on.
     """
     check_name(backend)
     if backend is None:
         requested = os.environ.get("DIN_KERNELS_BACKEND", "").strip().lower() or None
         if requested in (None, "auto"):
-            return "triton" if device.type == "cuda" and has_triton() else "torch"
+            if device.type != "cuda" or not has_triton():
+                return "torch"
+            reason = why_too_old(device)
+            if not reason or interpreting():
+                return "triton"
+            log_once(f"{reason}; the torch backend serves it")
+            return "torch"
         if requested not in BACKENDS:
             raise ValueError(f"DIN_KERNELS_BACKEND must be 'triton', 'torch' or 'auto', got {requested!r}")
         backend = requested
@@ -80,5 +134,9 @@ def resolve(backend: str | None, device: torch.device) -> str:
         raise BackendUnavailable(
             f"backend='triton' was asked for but the tensors are on '{device}': move them to a GPU, use backend='torch', "
             "or set TRITON_INTERPRET=1 before importing din_kernels to run the kernels in Triton's (slow) CPU interpreter"
+        )
+    if device.type == "cuda" and (reason := why_too_old(device)) and not interpreting():
+        raise BackendUnavailable(
+            f"backend='triton' was asked for but {reason}: use backend='torch', or leave backend=None, which chooses it here"
         )
     return "triton"

@@ -64,6 +64,7 @@ def devices() -> Iterator[str]:
         yield (
             f"cuda:{index}  {p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} processors, "
             f"{p.total_memory / 2**30:.0f} GiB"
+            + (", too old for the kernels" if _backend.why_too_old(torch.device("cuda", index)) else "")
         )
     yield f"float32 products: {torch.get_float32_matmul_precision()!r} (the kernels take tf32 unless it is 'highest')"
 

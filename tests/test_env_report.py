@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from din_kernels import __version__, env_report
+from din_kernels import __version__, _backend, env_report
 
 
 @pytest.fixture
 def bare(monkeypatch):
     """A machine without a GPU, nothing switched on."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_backend, "_too_old", {})
     for name in env_report.SWITCHES:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
@@ -37,20 +40,34 @@ def test_with_the_interpreter(bare):
     assert "an error: DIN_KERNELS_BACKEND must be" in env_report.report()
 
 
-def test_with_a_gpu(bare):
+def pretend_gpu(bare, major, minor):
     pytest.importorskip("triton")
-    from types import SimpleNamespace
-
-    properties = SimpleNamespace(name="Test GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+    properties = SimpleNamespace(
+        name="Test GPU", major=major, minor=minor, multi_processor_count=132, total_memory=80 << 30
+    )
     bare.setattr(torch.cuda, "is_available", lambda: True)
     bare.setattr(torch.cuda, "device_count", lambda: 1)
     bare.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    bare.setattr(torch.version, "hip", None)
+
+
+def test_with_a_gpu(bare):
+    pretend_gpu(bare, 9, 0)
     out = env_report.report()
     assert "cuda:0  Test GPU, compute capability 9.0, 132 processors, 80 GiB" in out
     assert "cuda  automatic choice: triton" in out
     lines = list(env_report.unit(64, [512, 80], torch.float32))
     assert lines[0] == "cpu   torch"
     assert lines[1].startswith("cuda  torch: hidden widths (512, 80) are outside")
+
+
+def test_with_a_gpu_too_old(bare):
+    pretend_gpu(bare, 7, 5)
+    out = env_report.report()
+    assert "compute capability 7.5, 132 processors, 80 GiB, too old for the kernels" in out
+    assert "cuda  automatic choice: torch" in out
+    assert "not the kernels: backend='triton' was asked for but 'cuda' (Test GPU) has compute capability 7.5" in out
+    assert list(env_report.unit(64, [36], torch.float32))[1] == "cuda  torch"
 
 
 @pytest.mark.parametrize(

@@ -291,11 +291,10 @@ def test_autocast_casts_inputs_and_keeps_statistics(activation):
 
 
 @pytest.fixture
-def fresh_log(caplog):
-    _backend.log_once.cache_clear()
+def fresh_log(caplog, monkeypatch):
+    monkeypatch.setattr(_backend, "_said", set())
     caplog.set_level(logging.WARNING, logger="din_kernels")
-    yield caplog
-    _backend.log_once.cache_clear()
+    return caplog
 
 
 TOO_MUCH = {

@@ -113,8 +113,21 @@ def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.conti
     return torch.ops.aten.clone.default(tensor, memory_format=memory_format)
 
 
+def _computes(func: Any, args: tuple) -> bool:
+    """Whether ``func`` does more than hand out memory or look at it in another way."""
+    if func.namespace != "aten" or not func._schema.returns or func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+        return False
+    looks = all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return not looks and not (func.overloadpacket.__name__ == "_to_copy" and args[0].device.type == "cpu")
+
+
 class Implementations(TorchDispatchMode):
-    """The library's operators run what is registered for CUDA, not the shape functions that fake tensors would choose."""
+    """The library's operators run what is registered for CUDA, not the shape functions that fake tensors would choose.
+    Operations that would launch a kernel of torch's are noted on the tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == NAMESPACE:
@@ -125,6 +138,8 @@ class Implementations(TorchDispatchMode):
                         return func._op_dk(key, *args, **(kwargs or {}))
         if func in READS and args[0].device.type == "cpu":
             return 1.0 if args[0].dtype.is_floating_point else 1  # read without waiting for anybody
+        if _computes(func, args):
+            self.tape.work.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -151,6 +166,7 @@ class Tape:
     def __init__(self, compile_kernels: bool) -> None:
         self.compile_kernels = compile_kernels
         self.launches: list[Launch] = []
+        self.work: list[str] = []  # every kernel that would be launched, of the library or of torch, in order
         self.functions: list[tuple[Any, _Context, tuple[Any, ...]]] = []
 
     def apply(self, function: Any, *args: Any) -> Any:
@@ -177,6 +193,7 @@ class Tape:
         for size, most in zip(grid, MAX_GRID, strict=False):
             if type(size) is not int or not 1 <= size <= most:
                 raise ValueError(f"{kernel.__name__}: CUDA refuses the grid {grid}")
+        self.work.append(kernel.__name__)
         seen: dict[str, Any] = {}
 
         def hook(**event: Any) -> bool:
@@ -204,11 +221,15 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from din_kernels.ops.dice import function as dice
     from din_kernels.ops.dice import triton_impl as dice_launches
+    from din_kernels.ops.local_activation import api as unit_call
+    from din_kernels.ops.local_activation import function as unit
     from din_kernels.ops.local_activation import universal
 
     tape, run = Tape(compile_kernels), JITFunction.run
-    properties = SimpleNamespace(multi_processor_count=processors)
+    major, minor = divmod(capability, 10)
+    properties = SimpleNamespace(name="fake", major=major, minor=minor, multi_processor_count=processors)
     device_facts = (universal.capability_of, universal._processors, dice_launches._processors)
     before = driver._active
     kernels: list[Any] = []
@@ -228,16 +249,18 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
         for place, name, value in (
             (torch.cuda, "device", lambda device: contextlib.nullcontext()),
             (torch.cuda, "get_device_properties", lambda device: properties),
-            (torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
+            (torch.cuda, "get_device_capability", lambda device=None: (major, minor)),
             (Tensor, "__getitem__", _at),
             (Tensor, "contiguous", _contiguous),
             (torch, "is_grad_enabled", lambda: True),
             (torch.autograd.Function, "apply", classmethod(tape.apply)),
             (torch.autograd.graph, "increment_version", lambda tensors: None),
             (JITFunction, "run", intercepted),
+            # As in eager mode, where operators are called directly.
+            *((module, "is_eager", lambda *tensors: True) for module in (dice, unit, unit_call)),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(Implementations())
+        stack.enter_context(Implementations(tape))
         yield tape

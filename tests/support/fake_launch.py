@@ -115,7 +115,11 @@ def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.conti
 
 def _computes(func: Any, args: tuple) -> bool:
     """Whether ``func`` does more than hand out memory or look at it in another way."""
-    if func.namespace != "aten" or not func._schema.returns or func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+    if (
+        func.namespace != "aten"
+        or not func._schema.returns
+        or func.overloadpacket.__name__.startswith(("empty", "new_empty", "_unsafe_view"))
+    ):
         return False
     looks = all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not looks and not (func.overloadpacket.__name__ == "_to_copy" and args[0].device.type == "cpu")

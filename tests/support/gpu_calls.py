@@ -91,6 +91,10 @@ for name, options in {
     "packed dice training, two layers": {
         "args": ("product", "dice", 16, (16, 16)), "training": True, "index": torch.int32, "bias": False
     },
+    "packed dice training softmax, padded, weights": {
+        "args": ("product", "dice", 36, (36,)), "layout": "lengths", "softmax": True, "training": True,
+        "return_weights": True,
+    },
     "packed prelu softmax, padded candidates, weights": {
         "args": ("product", "prelu", 36, (16,)), "layout": "lengths", "index": torch.int32, "candidates": 3,
         "softmax": True, "return_weights": True,
@@ -237,7 +241,7 @@ def run(name: str, *, capability: int = 90, compile_kernels: bool = True) -> dic
         }
         for launch in tape.launches
     ]  # fmt: skip
-    return {"error": error, "launches": launches}
+    return {"error": error, "launches": launches, "work": tape.work}
 
 
 def main() -> int:

@@ -55,7 +55,7 @@ def kernel_definitions() -> dict[str, ast.FunctionDef]:
 def launched_names() -> set[str]:
     """Kernels that some wrapper launches."""
     text = "\n".join(path.read_text() for path in OPS.glob("*/*.py") if not path.name.startswith("kernels"))
-    return {name for name in kernel_definitions() if re.search(rf"\b{name}\[", text)}
+    return {name for name in kernel_definitions() if re.search(rf"\b{name}\[|launch\(\s*[\w.]*\b{name},", text)}
 
 
 @pytest.mark.parametrize("name", CALLS)

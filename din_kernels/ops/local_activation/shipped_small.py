@@ -13,6 +13,7 @@ from .packed import next_power_of_two
 
 def compile_cases() -> Iterator[CompileCase]:
     yield from _items()
+    yield from _parameters()
     yield from _statistics()
     yield from _collect()
 
@@ -33,6 +34,20 @@ def _items() -> Iterator[CompileCase]:
             signature={**shared, **outputs, **numbers}, num_warps=4, aligned=("starts", "sums", *outputs),
             constexprs={"BLOCK": items.BLOCK, "BLOCK_SUMS": items.BLOCK_SUMS, "SUMMED": summed},
         )  # fmt: skip
+
+
+def _parameters() -> Iterator[CompileCase]:
+    from .kernels_parameters import gather_parameters
+
+    # Two layers with Dice of 80 and 40 channels in bf16, statistics of the first known, without biases.
+    kinds = ("*bf16", "*bf16", "*fp32", "*fp32") * 2 + ("*bf16", "*bf16")
+    yield CompileCase(
+        name="local_activation/parameters/gather_parameters/80x40-dice-bf16", kernel=gather_parameters,
+        signature={"vectors": kinds, "flat": "*fp32"}, num_warps=4, aligned=("flat",),
+        constexprs={
+            "SIZES": (80,) * 4 + (40,) * 4 + (40, 1), "STRIDES": (-1, 1, 1, 1, -1, 1, -1, -1, 1, -1), "BLOCK": 128
+        },
+    )  # fmt: skip
 
 
 def _collect() -> Iterator[CompileCase]:

@@ -9,6 +9,7 @@ a list stays in that list.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,7 @@ def launch_options(config: UnitConfig, dtype: torch.dtype, form: Form, *, statis
     return options
 
 
+@functools.lru_cache(maxsize=256)
 def fits(
     config: UnitConfig, dtype: torch.dtype, capability: int, *, masked: bool = False, attention: bool = False
 ) -> bool:

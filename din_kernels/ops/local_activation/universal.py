@@ -167,23 +167,39 @@ class Prepared:
     def _parameters(self, layers: int) -> Tensor:
         """One flat fp32 vector (see kernels_common.py); statistics of ``layers`` layers are known, the rest is
         unused."""
+        from .kernels_parameters import gather_parameters
+
         tensors, config = self.tensors, self.config
-        parts: list[Tensor] = []
+        output = tensors.weights[-1].reshape(-1)
+        vectors: list[Tensor] = []
+        sizes: list[int] = []
+        strides: list[int] = []
+
+        def add(vector: Tensor | None, size: int) -> None:
+            """A vector [size], one number for all of them, or nothing."""
+            vectors.append(output if vector is None else vector)
+            sizes.append(size)
+            strides.append(-1 if vector is None else vector.stride(-1) if vector.numel() == size else 0)
+
         for layer, width in enumerate(config.hidden_units):
-            bias = tensors.biases[layer]
-            parts.append(self.first.offset.new_zeros(width) if bias is None else bias)
-            alpha = tensors.alphas[layer]
+            add(tensors.biases[layer], width)
             if config.activation in ("prelu", "dice"):
+                alpha = tensors.alphas[layer]
                 assert alpha is not None
-                parts.append(alpha.reshape(-1).expand(width))
+                add(alpha.reshape(-1), width)
             if config.uses_dice:
                 known = layer < layers
-                parts.append(tensors.means[layer] if known else parts[-1])
-                parts.append(tensors.rstds[layer] if known else parts[-1])
-        bias = tensors.biases[-1]
-        parts.append(tensors.weights[-1].reshape(-1))
-        parts.append(self.first.offset.new_zeros(1) if bias is None else bias.reshape(1))
-        return torch.cat(parts).float()  # mixed dtypes widen, and widening afterwards loses nothing
+                add(tensors.means[layer] if known else None, width)
+                add(tensors.rstds[layer] if known else None, width)
+        add(output, output.numel())
+        add(tensors.biases[-1], 1)
+        flat = torch.empty(sum(sizes), device=tensors.keys.device)
+        block = _power_of_two(max(sizes))
+        with on_device(tensors.keys):
+            gather_parameters[(1,)](
+                tuple(vectors), flat, SIZES=tuple(sizes), STRIDES=tuple(strides), BLOCK=block, num_warps=4
+            )
+        return flat
 
     def layer_operands(self) -> dict[str, Any]:
         """Arguments of the layers, the same for every kernel; an operand that does not exist repeats another."""

@@ -31,7 +31,7 @@ pytest.importorskip("triton")
 
 
 def without_softmax(spec: Spec) -> Spec:
-    """``_cases`` sends a gradient through the weights, which with softmax is the universal kernels' work."""
+    """``_cases`` sends a gradient through the weights, which with softmax is told apart in test_packed_sums."""
     return dataclasses.replace(spec, softmax=False, candidates=1)
 
 
@@ -133,8 +133,8 @@ def test_hostile_gradient_strides(device):
 
 
 def test_dispatch(device, monkeypatch):
-    """The product interaction, one candidate, 16 bits, no gradient through softmax weights: here; a narrow layer of the
-    outer one: the tiled kernel; the rest is the universal kernels' work."""
+    """The product interaction, one candidate, 16 bits: here; a narrow layer of the outer one: the tiled kernel; the rest
+    is the universal kernels' work."""
     taken = []
     monkeypatch.setattr(packed_backward, "backward", lambda *a: taken.append("packed"))
     monkeypatch.setattr(universal_backward, "backward", lambda *a: taken.append("universal"))
@@ -143,14 +143,14 @@ def test_dispatch(device, monkeypatch):
     for spec, through_weights, path in [
         (served, True, "packed"),
         (dataclasses.replace(served, softmax=True), False, "packed"),
-        (dataclasses.replace(served, softmax=True), True, "universal"),
+        (dataclasses.replace(served, softmax=True), True, "packed"),
         (dataclasses.replace(served, candidates=2), False, "universal"),
         (dataclasses.replace(served, layout="mask"), False, "universal"),
         (dataclasses.replace(served, interaction="outer"), False, "tiled"),
         (dataclasses.replace(served, interaction="outer", softmax=True, layout="mask"), True, "tiled"),
         (dataclasses.replace(served, interaction="outer", dim=36, softmax=True), True, "universal"),
         (dataclasses.replace(served, interaction="outer", hidden=(36, 16)), False, "universal"),
-        (dataclasses.replace(served, dtype=torch.float32), False, "universal"),
+        (dataclasses.replace(served, dtype=torch.float32, dim=96), False, "universal"),
     ]:
         case = make_case(spec, device)
         saved = universal.forward(case.config, case.tensors, return_weights=False)
@@ -206,7 +206,7 @@ def test_lengths_never_recompile(monkeypatch):
             return launch
 
     names = {
-        tables: ("sum_slots", "make_tables", "fill_slots"),
+        tables: ("make_tables", "fill_slots"),
         up: ("forward_packed", "normalise_packed"),
         fp32: ("forward_packed_fp32",),
         down: ("backward_scores",),
@@ -242,6 +242,7 @@ def test_the_names_left_free_are_marked():
         "kernels_packed_fp32",
         "kernels_packed_backward",
         "kernels_packed_gradients",
+        "kernels_packed_sums",
     ):
         source = Path(inspect.getfile(kernels_packed_tables)).with_name(f"{module}.py").read_text()
         marks = re.findall(r"do_not_specialize=\[(.*?)\]", source, re.S)

@@ -156,6 +156,7 @@ def is_contiguous(rows: Tensor) -> bool:
     return rows.is_contiguous() and rows.numel() <= INT32
 
 
+@functools.lru_cache(maxsize=256)
 def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
     """Whether the forward kernel of these widths keeps within the registers (``shipped.compile_cases`` holds it to that).
 
@@ -213,7 +214,8 @@ class Packed:
         self.config, self.tensors = config, tensors
         self.queries = tensors.query.shape[0]
         self.query = tensors.query.contiguous()
-        self.tables = make_tables(config, tensors)
+        with on_device(tensors.keys):
+            self.tables = make_tables(config, tensors)
 
     def layer_operands(self) -> dict[str, Any]:
         """Parameters as they are; one that does not exist repeats another, and is not read."""
@@ -256,7 +258,10 @@ class Packed:
         }  # fmt: skip
 
 
-def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -> UnitOutputs:
+def forward(
+    config: UnitConfig, tensors: UnitTensors, *, return_weights: bool, call: Packed | None = None
+) -> UnitOutputs:
+    """``call``: what the statistics prepared, if they did."""
     from . import kernels_packed_forward as kernels
     from . import kernels_packed_fp32 as fp32_kernels
 
@@ -270,7 +275,7 @@ def forward(config: UnitConfig, tensors: UnitTensors, *, return_weights: bool) -
     if softmax and return_weights:
         attention = torch.empty(pairs, device=device)
     with on_device(keys):
-        call = Packed(config, tensors)
+        call = call or Packed(config, tensors)
         tiles = call.tables.tiles
         carry = torch.empty(2 * tiles, dim, device=device)
         carry_softmax = torch.empty(2 * tiles if softmax else 1, 2, device=device)

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
 from . import universal_backward
-from .factorise import FirstLayerGradients, first_layer_backward
 from .packed import FINISH_LISTS, TILE, Packed, next_power_of_two, serves, widths_of
+from .packed_collect import collect, vector_sizes, zeroed
+from .packed_sums import dice_sums, fits_sums, softmax_delta
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import capability_of, num_programs
-
-LOG2_E = 1.4426950408889634
 
 # Bytes of what one kernel leaves to the next (dz1, h1, dz2 of a batch of tiles): within the L2 cache of the GPUs this
 # is for, 40 to 50 MB, with room for the rest.
@@ -36,10 +35,10 @@ def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
     return capability >= 90 or max(widths.a1, widths.a2) <= 64
 
 
-def serves_backward(config: UnitConfig, tensors: UnitTensors, grad_weights: Tensor | None) -> bool:
+def serves_backward(config: UnitConfig, tensors: UnitTensors) -> bool:
     """Whether the packed backward takes this call. Candidates share rows of keys, whose gradients would have to be
-    added up; and a gradient of softmax weights needs sums over whole lists first."""
-    if config.candidates > 1 or (config.softmax and grad_weights is not None):
+    added up."""
+    if config.candidates > 1:
         return False
     return serves(config, tensors) and fits(config, tensors.keys.dtype, capability_of(tensors.keys.device))
 
@@ -47,13 +46,6 @@ def serves_backward(config: UnitConfig, tensors: UnitTensors, grad_weights: Tens
 def sum_columns(dim: int) -> int:
     """Columns of the embedding to a program of ``first_layer_sums``."""
     return min(64, next_power_of_two(dim))
-
-
-def vector_sizes(config: UnitConfig) -> list[int]:
-    """Widths of the pieces of a row of ``vectors``: Σ ds · h, Σ ds, alphas."""
-    widths = list(config.hidden_units)
-    alphas = widths if config.activation in ("prelu", "dice") else []
-    return [widths[-1], 1, *alphas]
 
 
 def _batches(tiles: int, row_bytes: int) -> list[tuple[int, int]]:
@@ -83,11 +75,8 @@ def backward(
     keys, dim, widths = tensors.keys, config.embedding_dim, config.hidden_units
     device, dtype, two = keys.device, keys.dtype, len(config.hidden_units) > 1
     blocks = widths_of(config)
-    sums = None
-    if inv_count is not None:
-        sums = universal_backward.dice_sums(config, tensors, saved, grad_pooled, grad_weights, inv_count)
     grad_pooled = grad_pooled.contiguous()
-    delta = (grad_pooled.float() * saved.pooled.float()).sum(1) if config.softmax else None
+    grad_weights = None if grad_weights is None else grad_weights.contiguous()
     # Rows of padded keys beyond their list's length belong to no slot.
     make = torch.zeros if config.padded_length else torch.empty
     grad_keys = make(keys.shape, dtype=dtype, device=device)
@@ -98,11 +87,11 @@ def backward(
         list_sums = torch.empty(queries, width, device=device)
         carry = torch.empty(2 * tables.tiles, width, device=device)
         programs = max(1, min(tables.tiles, num_programs(device, 2)))
-        sizes = vector_sizes(config)
-        vectors = torch.zeros(programs, sum(sizes), device=device)
-        first_sums = torch.zeros(programs, 2, widths[0], dim, device=device)
-        second_sums = torch.zeros(programs, widths[1], widths[0], device=device) if two else vectors
-        second_vectors = torch.zeros(programs, widths[1] if two else 1, device=device)
+        first, second = (*widths, 0)[:2]
+        vectors, first_sums, second_sums, second_vectors = zeroed(
+            device, (programs, sum(vector_sizes(config))), (programs, 2, first, dim), (programs, second, first),
+            (programs, second),
+        )  # fmt: skip
         w1, w2 = blocks.a1 + blocks.r1, blocks.a2 + blocks.r2
         batches = _batches(tables.tiles, (w1 + two * (w1 + w2)) * dtype.itemsize)
         slots = (batches[0][1] - batches[0][0]) * TILE
@@ -114,17 +103,23 @@ def backward(
         block = sum_columns(dim)
         operands: dict[str, Any] = {
             **call.layer_operands(), **call.constants(), **tables.operands(),
-            "grad_pooled": grad_pooled, "grad_weights": nothing if grad_weights is None else grad_weights.contiguous(),
+            "grad_pooled": grad_pooled, "grad_weights": nothing if grad_weights is None else grad_weights,
             "log_normaliser": nothing if saved.log_normaliser is None else saved.log_normaliser.contiguous(),
-            "delta": nothing if delta is None else delta,
-            "sums1": nothing if sums is None else sums, "sums2": nothing if sums is None else sums[2 * widths[0] :],
+            "delta": softmax_delta(call, saved, grad_pooled, grad_weights) if config.softmax else nothing,
             "attention": attention, "dz1": dz1, "h1": h1, "dz2": dz2, "grad_keys": grad_keys, "list_sums": list_sums,
             "carry": carry, "scale": float(config.scale), "SOFTMAX": config.softmax,
-            "HAS_GRAD_WEIGHTS": grad_weights is not None, "BATCH_STATISTICS": sums is not None,
+            "HAS_GRAD_WEIGHTS": grad_weights is not None, "BATCH_STATISTICS": inv_count is not None,
             "BLOCK_D": block, "H": widths[0], "A": blocks.a1, "R": blocks.r1,
         }  # fmt: skip
-        for first, end in batches:
-            operands |= {"first_tile": first, "end_tile": end}
+        sums = nothing
+        if inv_count is not None:
+            if fits_sums(config, dtype, capability_of(device)):
+                sums = dice_sums(call, operands, inv_count)
+            else:
+                sums = universal_backward.dice_sums(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+        operands |= {"sums1": sums, "sums2": sums[2 * widths[0] :]}
+        for first_tile, end_tile in batches:
+            operands |= {"first_tile": first_tile, "end_tile": end_tile}
             launch(kernels.backward_scores, (programs,), {**operands, "vectors": vectors}, **ROW_OPTIONS)
             launch(after.backward_inputs, (programs,), operands, **ROW_OPTIONS)
             launch(
@@ -139,34 +134,3 @@ def backward(
         )  # fmt: skip
 
     return collect(config, tensors, grad_keys, list_sums, first_sums, second_sums, second_vectors, vectors)
-
-
-def collect(
-    config: UnitConfig, tensors: UnitTensors, grad_keys: Tensor, list_sums: Tensor, first_sums: Tensor,
-    second_sums: Tensor, second_vectors: Tensor, vectors: Tensor,
-) -> UnitGradients:  # fmt: skip
-    """Gradients from what the kernels have summed up: of lists [Q, D + H1], and of the programs, which are added here."""
-    dim, two = config.embedding_dim, len(config.hidden_units) > 1
-    shared, of_product = first_sums.sum(0)
-    gradients = FirstLayerGradients(list_sums[:, dim:], shared, of_product, list_sums[:, :dim])
-    grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, gradients)
-    pieces = list(vectors.sum(0).split(vector_sizes(config)))
-    # For sigmoid dz2 is stored for weights multiplied by −log₂e.
-    unscale = -LOG2_E if config.activation == "sigmoid" else 1.0
-    own = universal_backward.own
-    weights = [grad_first]
-    if two:
-        weights.append(own(second_sums.sum(0) * unscale, tensors.weights[1]))
-    weights.append(own(pieces[0], tensors.weights[-1]))
-    biases: list[Tensor | None] = [grad_bias]
-    for value, bias in zip(
-        [*([second_vectors.sum(0) * unscale] if two else []), pieces[1]], tensors.biases[1:], strict=True
-    ):
-        biases.append(None if bias is None else own(value, bias))
-    of_alphas = pieces[2:]
-    alphas: list[Tensor | None] = [None] * len(tensors.alphas)
-    for i, value in enumerate(of_alphas):
-        alpha = tensors.alphas[i]
-        assert alpha is not None
-        alphas[i] = own(value.sum() if alpha.numel() == 1 and value.numel() > 1 else value, alpha)
-    return UnitGradients(grad_query, grad_keys, weights, biases, alphas)

@@ -9,12 +9,13 @@ the functions that the launches use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..._tuning import CompileCase
-from . import packed, packed_backward, shipped_small, shipped_tiled, shipped_tiled_backward
+from . import packed, packed_backward, packed_sums, shipped_small, shipped_tiled, shipped_tiled_backward
 from .problem import UnitConfig
 from .universal import Tiling, kernel_precision, launch_options, shape_constants, tiling
 
@@ -138,7 +139,17 @@ _PACKED: tuple[tuple[str, int, tuple[int, ...], bool], ...] = (
     ("dice", 64, (36,), True),
     ("dice", 64, (80, 40), False),
 )
-# The same with the precision of fp32's products.
+# Dice in training, what needs all rows first: (D, hidden widths), of sums with softmax or without.
+_PACKED_STATISTICS = ((36, (36,)), (64, (36,)), (64, (64, 16)), (64, (32, 32)), (128, (36,)))
+_PACKED_SUMS = (
+    (36, (36,), False),
+    (64, (36,), False),
+    (64, (36,), True),
+    (64, (32, 32), False),
+    (64, (32, 16), True),
+    (128, (36,), False),
+)
+# As ``_PACKED``, with the precision of fp32's products.
 _PACKED_FP32: tuple[tuple[str, int, tuple[int, ...], bool, str], ...] = (
     ("sigmoid", 64, (36,), False, "ieee"),
     ("prelu", 64, (36,), True, "ieee"),
@@ -177,7 +188,7 @@ def _packed_case(
             return "fp32"
         if argument in _TABLES:
             return "*i32"
-        if argument in ("starts", "ends"):
+        if argument in ("starts", "ends", "counts"):
             return "*i64"
         return "*" + (_TYPES[dtype] if argument in _PACKED_LIKE_KEYS else "fp32")
 
@@ -199,6 +210,7 @@ def _packed() -> Iterator[CompileCase]:
     from . import kernels_packed_forward as up
     from . import kernels_packed_fp32 as fp32
     from . import kernels_packed_gradients as after
+    from . import kernels_packed_sums as sums
 
     def cases(
         name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], options: dict[str, int],
@@ -236,6 +248,19 @@ def _packed() -> Iterator[CompileCase]:
         config = UnitConfig("product", activation, dim, widths, softmax=softmax)
         for name, kernel, extra, options, fits in kinds(config, torch.bfloat16):
             yield from cases(name, kernel, config, torch.bfloat16, extra, options, fits)
+    for dim, widths in _PACKED_STATISTICS:
+        config = UnitConfig("product", "dice", dim, widths)
+        options = packed_sums.statistics_options(config)
+        for layer in range(len(widths)):
+            fits = partial(packed_sums.fits_statistics, layer=layer)
+            extra = {"LAYER": layer}
+            yield from cases(f"statistics{layer}", sums.statistics_packed, config, torch.bfloat16, extra, options, fits)
+    for dim, widths, softmax in _PACKED_SUMS:
+        config = UnitConfig("product", "dice", dim, widths, softmax=softmax)
+        options, fits = packed_sums.OPTIONS, packed_sums.fits_sums
+        for layer in range(len(widths)):
+            extra = {"LAYER": layer, "HAS_GRAD_WEIGHTS": False}
+            yield from cases(f"sums{layer}", sums.backward_sums, config, torch.bfloat16, extra, options, fits)
     for activation, dim, widths, softmax, precision in _PACKED_FP32:
         config = UnitConfig("product", activation, dim, widths, softmax=softmax, precision=precision)
         extra = {**packed.fp32_constants(config), "HAS_ATTENTION": False}

@@ -1,22 +1,24 @@
 """The Triton backend of the local activation unit; the functions of ``torch_impl.py``, served by kernels.
 
 The packed kernels take short lists of the product interaction, the tiled ones long lists, masks and the outer interaction
-(backward: the outer interaction with one narrow layer), the universal ones what neither can.
+(backward: the outer interaction with one narrow layer), the universal ones what neither can. Dice's statistics are taken
+on the path that the forward will take, where it has the registers.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import dice_statistics, packed, packed_backward, tiled, tiled_backward, universal, universal_backward
+from . import dice_statistics, packed, packed_backward, packed_sums, tiled, tiled_backward, universal, universal_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 
 
 class Calls:
-    """What passes over the same tensors prepare once: work items, the first layer's matrices."""
+    """What passes over the same tensors prepare once: slots or work items, the first layer's matrices."""
 
     def __init__(self, config: UnitConfig, tensors: UnitTensors) -> None:
         self.config, self.tensors = config, tensors
+        self.packed: packed.Packed | None = None
         self.tiled: tiled.Tiled | None = None
         self.universal: universal.Prepared | None = None
 
@@ -24,7 +26,11 @@ class Calls:
         config, tensors = self.config, self.tensors
         if tensors.starts.numel() == 0:
             return universal.no_moments(config, tensors, layer)
-        if tiled.serves_statistics(config, tensors, layer):
+        by_tiled = tiled.serves_statistics(config, tensors, layer)
+        if packed_sums.serves_statistics(config, tensors, layer) and not (by_tiled and tiled.prefers(config, tensors)):
+            self.packed = self.packed or packed.Packed(config, tensors)
+            return packed_sums.moments_of_programs(self.packed, layer)
+        if by_tiled:
             self.tiled = self.tiled or tiled.Tiled(config, tensors, layers=layer)
             self.tiled.know(layer)
             return tiled.moments_of_programs(self.tiled, layer)
@@ -39,7 +45,7 @@ class Calls:
         if by_tiled and (not by_packed or tiled.prefers(config, tensors)):
             return tiled.forward(config, tensors, return_weights=return_weights, call=self.tiled)
         if by_packed:
-            return packed.forward(config, tensors, return_weights=return_weights)
+            return packed.forward(config, tensors, return_weights=return_weights, call=self.packed)
         return universal.forward(config, tensors, return_weights=return_weights, call=self.universal)
 
 
@@ -70,7 +76,7 @@ def backward(
     inv_count: Tensor | None,
 ) -> UnitGradients:
     arguments = (config, tensors, saved, grad_pooled, grad_weights, inv_count)
-    if packed_backward.serves_backward(config, tensors, grad_weights):
+    if packed_backward.serves_backward(config, tensors):
         return packed_backward.backward(*arguments)
     if tiled_backward.serves_backward(config, tensors, grad_weights):
         return tiled_backward.backward(*arguments)

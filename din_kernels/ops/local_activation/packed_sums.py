@@ -1,0 +1,115 @@
+"""Launches of ``kernels_packed_sums.py``: what Dice in training, and gradients of softmax weights, need of all rows first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._launch import FUSED, launch, on_device
+from .dice_statistics import Moments, merge
+from .packed import FINISH_LISTS, Packed, describes, widths_of
+from .problem import UnitConfig, UnitOutputs, UnitTensors
+from .universal import capability_of, num_programs
+
+# The sums have no registers left to fetch ahead.
+OPTIONS: dict[str, int] = {"num_warps": 4, "num_stages": 1, **FUSED}
+
+
+def _channels(config: UnitConfig) -> tuple[int, int]:
+    """Of the two layers, with padding."""
+    widths = widths_of(config)
+    return widths.a1 + widths.r1, widths.a2 + widths.r2
+
+
+def statistics_options(config: UnitConfig) -> dict[str, int]:
+    """Two tiles ahead where registers allow."""
+    light = config.embedding_dim <= 64 and sum(_channels(config)) <= 48
+    return {**OPTIONS, "num_stages": 3 if light else 1}
+
+
+def fits_statistics(config: UnitConfig, dtype: torch.dtype, capability: int, layer: int) -> bool:
+    """As ``packed.fits``, for the statistics of ``layer``: moments take two registers a channel and row besides."""
+    first, second = _channels(config)
+    if dtype == torch.float32 or config.embedding_dim > 128:
+        return False
+    if capability in (86, 89) and config.embedding_dim > 64:
+        return False
+    most = 64 if config.embedding_dim > 64 else 80 if capability < 90 else 96
+    return first + layer * second <= most
+
+
+def serves_statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> bool:
+    if layer > 1 or not describes(config, tensors):
+        return False
+    return fits_statistics(config, tensors.keys.dtype, capability_of(tensors.keys.device), layer)
+
+
+def moments_of_programs(call: Packed, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``universal.moments_of_programs``."""
+    from . import kernels_packed_sums as kernels
+
+    device, width = call.tensors.keys.device, call.config.hidden_units[layer]
+    programs = max(1, min(call.tables.tiles, num_programs(device, 4)))
+    counts = torch.empty(programs, dtype=torch.int64, device=device)
+    means = torch.empty(programs, width, device=device)
+    m2s = torch.empty_like(means)
+    operands = {
+        **call.layer_operands(), **call.tables.operands(), **call.constants(),
+        "counts": counts, "means": means, "m2s": m2s, "LAYER": layer,
+    }  # fmt: skip
+    with on_device(call.tensors.keys):
+        launch(kernels.statistics_packed, (programs,), operands, **statistics_options(call.config))
+    return counts, means, m2s
+
+
+def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> Moments:
+    """As ``universal.statistics``."""
+    return merge(*moments_of_programs(Packed(config, tensors), layer))
+
+
+def fits_sums(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
+    """As ``packed_backward.fits``, for Dice's sums: with softmax z and p of the top layer wait in registers for the score."""
+    softmax, wide = config.softmax, config.embedding_dim > 64
+    crowded = (softmax or wide) and (capability < 90 or len(config.hidden_units) > 1 or (softmax and wide))
+    return dtype != torch.float32 and sum(_channels(config)) <= (48 if crowded else 64)
+
+
+def dice_sums(call: Packed, operands: dict[str, Any], inv_count: Tensor) -> Tensor:
+    """As ``universal_backward.dice_sums``, from the ``operands`` of ``backward_scores``. Of the top layer first: what comes
+    down to the one below has the top's in it."""
+    from . import kernels_packed_sums as kernels
+
+    widths, device = call.config.hidden_units, inv_count.device
+    sums = torch.empty(2 * sum(widths), device=device)
+    programs = max(1, min(call.tables.tiles, num_programs(device, 3)))
+    for layer in reversed(range(len(widths))):
+        begin, size = 2 * sum(widths[:layer]), 2 * widths[layer]
+        partial = torch.empty(programs, size, device=device)
+        of_layer = {"sums2": sums[2 * widths[0] :], "partial": partial, "LAYER": layer}
+        launch(kernels.backward_sums, (programs,), {**operands, **of_layer}, **OPTIONS)
+        torch.mul(partial.sum(0), inv_count, out=sums[begin : begin + size])
+    return sums
+
+
+def softmax_delta(call: Packed, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None) -> Tensor:
+    """δ_q = g · u_q + Σ_j a_j · ∂L/∂a_j, fp32 [Q]; one candidate a list."""
+    from . import kernels_packed_sums as kernels
+    from .kernels_packed_forward import finish_packed
+
+    delta = (grad_pooled.float() * saved.pooled.float()).sum(1)
+    if grad_weights is None:
+        return delta
+    assert saved.weights is not None
+    tables, queries, device = call.tables, call.queries, delta.device
+    of_weights = torch.empty(queries, 1, device=device)
+    carry = torch.empty(2 * tables.tiles, 1, device=device)
+    kernels.weighted_gradients_packed[(min(tables.tiles, num_programs(device, 8)),)](
+        saved.weights, grad_weights, *tables.operands().values(), of_weights, carry, queries, num_warps=2
+    )
+    finish_packed[(-(-queries // FINISH_LISTS),)](
+        carry, carry, tables.first_slot, of_weights, of_weights, queries,
+        D=1, BLOCK_D=16, LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,
+    )  # fmt: skip
+    return delta + of_weights[:, 0]

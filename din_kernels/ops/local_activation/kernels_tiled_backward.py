@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .kernels_common import DICE, PRELU, chunk_rows, fresh_origin, slot_of
 from .kernels_packed_backward import unscale
-from .kernels_packed_common import LOG2_E, load_matrix, load_rows, scale_of
+from .kernels_packed_common import LOG2_E, load_rows, scale_of
 from .kernels_tiled_backward_parts import (
     COLUMNS,
     GATES,
@@ -31,14 +31,13 @@ from .kernels_tiled_backward_parts import (
     add_vector,
     dice_terms,
     first_layer_gradients,
-    is_live,
     load_first_layer,
-    load_parameter,
     make_gates,
     no_sum,
     second_layer_gradients,
     through_activation,
 )
+from .kernels_tiled_common import live_rows, load_item_offset, load_parameter, load_second_matrix
 from .kernels_universal_backward import add_to
 
 
@@ -98,13 +97,13 @@ def backward_tiled(
         origin = fresh_origin(chunk_offsets)
         n_a, n_r = origin + tl.arange(0, A1), A1 + origin + tl.arange(0, R1 if R1 > 0 else 16)
         m_a, m_r = origin + tl.arange(0, A2), A2 + origin + tl.arange(0, R2 if R2 > 0 else 16)
-        w2_aa = (load_matrix(weight2, n_a, m_a, H1, H1, H2) * scale_of(ACT)).to(dtype)
+        w2_aa = load_second_matrix(weight2, n_a, m_a, H1, H2, ACT, dtype)
         if R1 > 0:
-            w2_ra = (load_matrix(weight2, n_r, m_a, H1, H1, H2) * scale_of(ACT)).to(dtype)
+            w2_ra = load_second_matrix(weight2, n_r, m_a, H1, H2, ACT, dtype)
         if R2 > 0:
-            w2_ar = (load_matrix(weight2, n_a, m_r, H1, H1, H2) * scale_of(ACT)).to(dtype)
+            w2_ar = load_second_matrix(weight2, n_a, m_r, H1, H2, ACT, dtype)
             if R1 > 0:
-                w2_rr = (load_matrix(weight2, n_r, m_r, H1, H1, H2) * scale_of(ACT)).to(dtype)
+                w2_rr = load_second_matrix(weight2, n_r, m_r, H1, H2, ACT, dtype)
     # Sums over rows: of the output layer and of alphas, or those that GATHER is for.
     ds_total = tl.zeros([T], tl.float32)
     out_a, out_r = no_sum(T, TOP_A), no_sum(T, TOP_R if TOP_R > 0 else 16)
@@ -142,12 +141,12 @@ def backward_tiled(
                 m_a, m_r = origin + tl.arange(0, A2), A2 + origin + tl.arange(0, R2 if R2 > 0 else 16)
                 top_a, top_r = m_a, m_r
             a_aa = (load_first_layer(first_q, product, query_q, n_a, d_a, H1, D, OUTER) * scale_of(ACT)).to(dtype)
-            c_a = tl.load(offset_q + n_a, mask=n_a < H1, other=0.0) * scale_of(ACT)
+            c_a = load_item_offset(offset_q, n_a, H1, ACT)
             only = (column == 0)[None, :]
             g_a = tl.load(grad_q + d_a[:, None] + column[None, :] * 0, mask=(d_a < D)[:, None] & only, other=0.0)
             if R1 > 0:
                 a_ar = (load_first_layer(first_q, product, query_q, n_r, d_a, H1, D, OUTER) * scale_of(ACT)).to(dtype)
-                c_r = tl.load(offset_q + n_r, mask=n_r < H1, other=0.0) * scale_of(ACT)
+                c_r = load_item_offset(offset_q, n_r, H1, ACT)
             if RD > 0:
                 a_ra = (load_first_layer(first_q, product, query_q, n_a, d_r, H1, D, OUTER) * scale_of(ACT)).to(dtype)
                 g_r = tl.load(grad_q + d_r[:, None] + column[None, :] * 0, mask=(d_r < D)[:, None] & only, other=0.0)
@@ -163,7 +162,7 @@ def backward_tiled(
             # Nothing is fetched ahead here: what registers there are hold the layers, and vectors would be fetched too.
             for row0 in tl.range(0, rows, T, num_stages=1):
                 row = row0 + lane
-                live = is_live(row, rows, chunk_mask, HAS_MASK)
+                live = live_rows(row, rows, chunk_mask, HAS_MASK)
                 e_a = load_rows(chunk_keys, row, d_a, live, key_stride, D, CONTIGUOUS)
                 crossed = tl.dot(e_a, g_a, input_precision=PRECISION)
                 z_a = tl.dot(e_a, tl.trans(a_aa), tl.broadcast_to(c_a[None, :], [T, A1]), input_precision=PRECISION)

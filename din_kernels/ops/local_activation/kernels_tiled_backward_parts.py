@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .kernels_common import PRELU, RELU, SIGMOID, fresh_origin
 from .kernels_packed_common import LN_2, LOG2_E, load_rows, reciprocal, scale_of
+from .kernels_tiled_common import live_rows, load_parameter
 from .kernels_universal_backward import add_to
 
 # Columns of the product that stands for g · e, and rows of the one that stands for a sum over rows: the least that the
@@ -17,7 +18,7 @@ GATES = tl.constexpr(7)  # rows of Dice's table
 
 @triton.jit
 def load_first_layer(first, product, query, n, d, H: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr):
-    """Block A[n, d] of the query row's matrix, as it lies, fp32."""
+    """Block A[n, d] of the query row's matrix, as it lies, fp32, not scaled (unlike ``load_item_matrix``): de takes it too."""
     inside = (n < H)[:, None] & (d < D)[None, :]
     at = n[:, None] * D + d[None, :]
     a = tl.load(first + at, mask=inside, other=0.0)
@@ -25,12 +26,6 @@ def load_first_layer(first, product, query, n, d, H: tl.constexpr, D: tl.constex
         v = tl.load(query + d, mask=d < D, other=0.0).to(tl.float32)
         a += tl.load(product + at, mask=inside, other=0.0) * v[None, :]
     return a
-
-
-@triton.jit
-def load_parameter(param, n, KIND: tl.constexpr, H: tl.constexpr):
-    """[n] of a layer's parameters: KIND 0 bias, 1 PReLU's alpha (kernels_common.py); or one of a ``gates`` table."""
-    return tl.load(param + KIND * H + n, mask=n < H, other=0.0)
 
 
 @triton.jit
@@ -160,15 +155,6 @@ def add_matrix(target, total, n, d, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def is_live(row, rows, row_mask, HAS_MASK: tl.constexpr):
-    """Which of the item's rows hold a behaviour; ``row_mask`` begins with the item's first."""
-    live = row < rows
-    if HAS_MASK:
-        live = live & (tl.load(row_mask + row, mask=live, other=0) != 0)
-    return live
-
-
-@triton.jit
 def first_layer_gradients(
     d, zero, keys, key_stride, row_mask, rows, dz1, attention, query, first, product, grad_pooled,
     grad_keys, first_slot, offset_slot, private,
@@ -194,7 +180,7 @@ def first_layer_gradients(
     g = tl.load(grad_pooled + d, mask=d < D, other=0.0).to(tl.float32)
     for row0 in tl.range(0, rows, T):
         row = row0 + lane
-        e = load_rows(keys, row, d, is_live(row, rows, row_mask, HAS_MASK), key_stride, D, CONTIGUOUS)
+        e = load_rows(keys, row, d, live_rows(row, rows, row_mask, HAS_MASK), key_stride, D, CONTIGUOUS)
         its = (row < rows)[:, None]
         dz_a = tl.load(dz1 + row[:, None] * (A + R) + n_a[None, :], mask=its, other=0.0)
         de = tl.load(attention + row, mask=row < rows, other=0.0)[:, None] * g[None, :]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .kernels_common import DICE, PRELU, chunk_rows, fresh_origin
-from .kernels_packed_common import LOG2_E, scale_of
+from .kernels_packed_common import LOG2_E, load_matrix, scale_of
 
 
 @triton.jit
@@ -84,9 +84,7 @@ def load_item_layer(
 @triton.jit
 def load_second_matrix(weight, n, m, H1: tl.constexpr, H2: tl.constexpr, ACT: tl.constexpr, dtype: tl.constexpr):
     """Block of W2 [H2, H1], laid out [n, m], scaled, as the operand of a product."""
-    inside = (n < H1)[:, None] & (m < H2)[None, :]
-    w = tl.load(weight + m[None, :] * H1 + n[:, None], mask=inside, other=0.0).to(tl.float32)
-    return (w * scale_of(ACT)).to(dtype)
+    return (load_matrix(weight, n, m, H1, H1, H2) * scale_of(ACT)).to(dtype)
 
 
 @triton.jit
@@ -113,7 +111,7 @@ def load_second_layer(
 
 @triton.jit
 def load_parameter(param, n, KIND: tl.constexpr, H: tl.constexpr):
-    """[n] of a layer's parameters: KIND 0 bias, 1 alpha, 2 mean, 3 rstd."""
+    """[n] of a layer's parameters, KIND 0 bias, 1 alpha, 2 mean, 3 rstd; or of a table of ``gates``, its row KIND."""
     return tl.load(param + KIND * H + n, mask=n < H, other=0.0)
 
 

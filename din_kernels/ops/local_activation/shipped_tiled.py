@@ -15,7 +15,6 @@ from .problem import UnitConfig
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _INDICES = {"starts", "ends", "chunk_offsets", "chunk_list", "counts"}
-_LIKE_KEYS = {"keys", "query", "weight2", "pooled"}
 _NUMBERS = {
     "item_rows", "key_stride", "num_lists", "candidates", "weight_row", "weight_candidate", "weight_list",
 }  # fmt: skip
@@ -54,17 +53,13 @@ _STATISTICS: tuple[tuple[str, int, tuple[int, ...], int], ...] = (
 )
 
 
-def _case(
-    name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], targets: tuple[str, ...], *,
-    fast: bool = True, form: tiled.Form = tiled.LONG,
+def case(
+    name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, constants: dict[str, Any], like_keys: set[str],
+    options: dict[str, Any], rows: int, targets: tuple[str, ...],
 ) -> CompileCase:  # fmt: skip
-    everything = {
-        **tiled.shape_constants(config, form), "HAS_MASK": False, "HAS_ATTENTION": False, "SOFTMAX": config.softmax,
-        "PRECISION": packed.kernel_precision(config, dtype), "CONTIGUOUS": True,
-        "FAST": fast, **extra,
-    }  # fmt: skip
-    constants = {k: v for k, v in everything.items() if k in kernel.arg_names}
-    outer = config.interaction == "outer"
+    """One case, forward or backward. ``constants``: those that ``kernel`` does not take are left out. ``like_keys``: tensors
+    with the dtype of the keys."""
+    fixed = {k: v for k, v in constants.items() if k in kernel.arg_names}
 
     def kind(argument: str) -> str:
         if argument in _NUMBERS:
@@ -75,21 +70,33 @@ def _case(
             return "*u8"
         if argument in _INDICES:
             return "*i64"
-        like_keys = argument in _LIKE_KEYS or (argument == "first" and outer)
-        return "*" + (_TYPES[dtype] if like_keys else "fp32")
+        return "*" + (_TYPES[dtype] if argument in like_keys else "fp32")
 
-    signature = {a: kind(a) for a in kernel.arg_names if a not in constants}
+    signature = {a: kind(a) for a in kernel.arg_names if a not in fixed}
     widths = "x".join(map(str, config.hidden_units))
     shape = f"{config.interaction}-D{config.embedding_dim}-{widths}-{config.activation}"
     precision = "tf32" if dtype == torch.float32 else _TYPES[dtype]
-    options = tiled.launch_options(config, dtype, form, statistics="LAYER" in extra)
     return CompileCase(
-        name=f"local_activation/tiled/{name}/{shape}{'-softmax' if config.softmax else ''}-"
-        f"{precision}",
-        kernel=kernel, signature=signature, constexprs=constants, rows=form.rows, targets=targets,
+        name=f"local_activation/tiled/{name}/{shape}{'-softmax' if config.softmax else ''}-{precision}",
+        kernel=kernel, signature=signature, constexprs=fixed, rows=rows, targets=targets,
         aligned=tuple(a for a, k in signature.items() if k.startswith("*") and a not in ("starts", "ends")),
-        num_warps=options.pop("num_warps"), num_stages=options.pop("num_stages"), options=options,
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
+        options={k: v for k, v in options.items() if k not in ("num_warps", "num_stages")},
     )  # fmt: skip
+
+
+def _case(
+    name: str, kernel: Any, config: UnitConfig, dtype: torch.dtype, extra: dict[str, Any], targets: tuple[str, ...], *,
+    fast: bool = True, form: tiled.Form = tiled.LONG,
+) -> CompileCase:  # fmt: skip
+    constants = {
+        **tiled.shape_constants(config, form), "HAS_MASK": False, "HAS_ATTENTION": False, "SOFTMAX": config.softmax,
+        "PRECISION": packed.kernel_precision(config, dtype), "CONTIGUOUS": True,
+        "FAST": fast, **extra,
+    }  # fmt: skip
+    like_keys = {"keys", "query", "weight2", "pooled"} | ({"first"} if config.interaction == "outer" else set())
+    options = tiled.launch_options(config, dtype, form, statistics="LAYER" in extra)
+    return case(name, kernel, config, dtype, constants, like_keys, options, form.rows, targets)
 
 
 def compile_cases() -> Iterator[CompileCase]:

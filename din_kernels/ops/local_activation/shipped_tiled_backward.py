@@ -9,12 +9,10 @@ from typing import Any
 import torch
 
 from ..._tuning import CompileCase
-from . import tiled_backward
+from . import shipped_tiled, tiled_backward
 from .problem import UnitConfig
 
-_INDICES = {"starts", "ends", "chunk_offsets", "chunk_list"}
 _LIKE_KEYS = {"keys", "query", "weight2", "grad_pooled", "grad_weights", "grad_keys", "dz1", "h1", "dz2"}
-_NUMBERS = {"item_rows", "key_stride", "num_lists", "weight_row", "weight_list"}
 
 # (activation, D, hidden width, softmax)
 _SHAPES: tuple[tuple[str, int, int, bool], ...] = (
@@ -30,33 +28,15 @@ _LAUNCHES = {"down": (-1, 1), "first-layer": (-1, 2), "gather": (0, 1)}
 
 
 def _case(name: str, config: UnitConfig, constants: dict[str, Any], gather: int, step: int) -> CompileCase:
-    from .kernels_tiled_backward import backward_tiled as kernel
+    from .kernels_tiled_backward import backward_tiled
 
     everything = {
         **tiled_backward.shape_constants(config), "SOFTMAX": config.softmax, "BATCH_STATISTICS": config.uses_dice,
         "GATHER": gather, "STEP": step, "PRECISION": "ieee", "CONTIGUOUS": True, "PRIVATE": 1 << 14, **constants,
     }  # fmt: skip
-    fixed = {k: v for k, v in everything.items() if k in kernel.arg_names}
-
-    def kind(argument: str) -> str:
-        if argument in _NUMBERS:
-            return "i32"
-        if argument == "scale":
-            return "fp32"
-        if argument == "row_mask":
-            return "*u8"
-        if argument in _INDICES:
-            return "*i64"
-        return "*bf16" if argument in _LIKE_KEYS else "*fp32"
-
-    signature = {a: kind(a) for a in kernel.arg_names if a not in fixed}
-    options = tiled_backward.launch_options()
-    shape = f"{config.interaction}-D{config.embedding_dim}-{config.hidden_units[0]}-{config.activation}"
-    return CompileCase(
-        name=f"local_activation/tiled/backward-{name}/{shape}{'-softmax' if config.softmax else ''}-bf16",
-        kernel=kernel, signature=signature, constexprs=fixed, rows=tiled_backward.TILE, targets=("sm_90",),
-        aligned=tuple(a for a, k in signature.items() if k.startswith("*") and a not in ("starts", "ends")),
-        num_warps=options.pop("num_warps"), num_stages=options.pop("num_stages"), options=options,
+    return shipped_tiled.case(
+        f"backward-{name}", backward_tiled, config, torch.bfloat16, everything, _LIKE_KEYS,
+        tiled_backward.launch_options(), tiled_backward.TILE, ("sm_90",),
     )  # fmt: skip
 
 

@@ -104,6 +104,12 @@ for name, options in {
     "packed relu softmax, skewed rows": {"args": ("product", "relu", 16, (16,)), "softmax": True, "skew": 1},
     "packed relu softmax, wide": {"args": ("product", "relu", 128, (128,)), "dtype": FP16, "softmax": True},
     "packed fp32 by tf32": {"args": ("product", "sigmoid", 16, (16,)), "dtype": FP32},
+    "packed fp32 dice training, two layers": {
+        "args": ("product", "dice", 40, (36, 10)), "dtype": FP32, "training": True, "layout": "lengths"
+    },
+    "packed fp32 prelu softmax, skewed rows": {
+        "args": ("product", "prelu", 16, (16,)), "dtype": FP32, "softmax": True, "skew": 1
+    },
     "universal outer dice training, masked": {
         "args": ("outer", "dice", 18, (36, 16)), "dtype": FP32, "layout": "mask", "training": True
     },

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from ..._tuning import CompileCase
-from . import packed, packed_backward, shipped_packed_fp32, packed_sums, shipped_small, shipped_tiled, shipped_tiled_backward
+from . import (
+    packed,
+    packed_backward,
+    packed_sums,
+    shipped_packed_fp32,
+    shipped_small,
+    shipped_tiled,
+    shipped_tiled_backward,
+)
 from .problem import UnitConfig
 from .universal import Tiling, kernel_precision, launch_options, shape_constants, tiling
 

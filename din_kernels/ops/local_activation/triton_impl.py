@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import dice_statistics, packed, packed_backward, packed_sums, tiled, tiled_backward, universal, universal_backward
+from . import (
+    dice_statistics,
+    packed,
+    packed_backward,
+    packed_fp32_backward,
+    packed_sums,
+    tiled,
+    tiled_backward,
+    universal,
+    universal_backward,
+)
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 
 

@@ -38,8 +38,8 @@ def repair_interpreter() -> None:
 
     * Run-time loop bounds, ``range(first, last)``: Triton keeps scalars as arrays of one element and converts them by
       ``int(array)``, which NumPy 2.4 refuses for anything but zero dimensions; ``array.item()`` means the same.
-    * bfloat16 lives in arrays of its bit patterns: ``tl.dot`` multiplied the patterns as integers, and conversion from
-      float32 truncated instead of rounding to nearest even.
+    * bfloat16 lives in arrays of its bit patterns: ``tl.dot`` multiplied the patterns as integers, conversion from
+      float32 truncated instead of rounding to nearest even, and there were no constants but 0.
     * A comparison of scalars is labelled with the operands' dtype (seen in 3.9): broadcast, it became an integer, which
       no load takes for a mask.
 
@@ -98,8 +98,13 @@ def _repair_bfloat16(interpreter: Any) -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, widened(a), widened(b), *rest)
 
+    def get_bf16(self: Any, value: float) -> Any:
+        return handle(converted(np.array([value], np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16)
+
     interpreter._convert_float = converted
     builder.create_dot = create_dot
+    if not hasattr(builder, "get_bf16"):
+        builder.get_bf16 = get_bf16
 
 
 def _repair_comparisons(interpreter: Any) -> None:

@@ -174,7 +174,8 @@ def test_spread() -> None:
 def test_records_survive_the_file(tmp_path: Path) -> None:
     run = record.describe_run(torch.device("cpu"))
     assert run["machine"]["cpu"]
-    assert run["versions"]["torch"] == torch.__version__
+    # The package's metadata may leave out which toolkit torch was built with.
+    assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     one = record.Record(
         "dice", "w", "forward", "float32", "fused", "ok", run="r", wall=Spread.of([1.0, 2.0]), ratio=Spread.of([1.0, 1.0]),
         peak_bytes=5, error=1e-7, allowed=1e-6, floor={"bytes": 0.75, "arithmetic": 0.1}, details={"rows": 3},

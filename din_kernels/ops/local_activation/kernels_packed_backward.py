@@ -10,10 +10,10 @@ One kernel for all of it would need twice the registers there are, and computing
 more than reading dz1. The host hands tiles over in batches so small that what lies between the kernels stays in the L2
 cache, and memory is bounded whatever the number of rows.
 
-For sigmoid, weights come multiplied by −log₂e (``scale_of``); what passes back through them is divided by that, once
-for a row: dz2 is stored so divided. Of the two factors of φ' = h (1 − h) the first is multiplied into what comes from
-above, x = h ∂L/∂h, and the second is taken as x − x h: in fp32 at the top, where x also is the term of the output layer's
-gradient; below it in 16 bits, two channels to an instruction, as h there has no more.
+For sigmoid, weights come multiplied by −log₂e (``scale_of``); what passes back through those of the second layer is divided
+by that, once for a row: dz2 is stored so divided. Of the two factors of φ' = h (1 − h) the first is multiplied into what
+comes from above, x = h ∂L/∂h, and the second is taken as x − x h: in fp32 at the top, where x also is the term of the
+output layer's gradient; below it in 16 bits, two channels to an instruction, as h there has no more.
 """
 
 import triton
@@ -28,8 +28,9 @@ from .kernels_packed_common import (
     activate,
     begin_layer,
     bias_columns,
-    bias_rows,
+    keep_bias,
     load_activation,
+    load_bias,
     load_first_layer,
     load_matrix,
     load_rows,
@@ -178,14 +179,14 @@ def backward_scores(
         top_a = m_a
         top_r = m_r
     columns = bias_columns(dtype)
-    b1_a = bias_rows(bias1, n_a, H1, (BIASES & 1) > 0, ACT, dtype)
+    b1_a = keep_bias(bias1, n_a, H1, (BIASES & 1) > 0, ACT, WGMMA, dtype)
     b1_r = b1_a
     if R1 > 0:
-        b1_r = bias_rows(bias1, n_r, H1, (BIASES & 1) > 0, ACT, dtype)
+        b1_r = keep_bias(bias1, n_r, H1, (BIASES & 1) > 0, ACT, WGMMA, dtype)
     if H2 > 0:
-        b2_a = bias_rows(bias2, m_a, H2, (BIASES & 2) > 0, ACT, dtype)
+        b2_a = keep_bias(bias2, m_a, H2, (BIASES & 2) > 0, ACT, WGMMA, dtype)
         if R2 > 0:
-            b2_r = bias_rows(bias2, m_r, H2, (BIASES & 2) > 0, ACT, dtype)
+            b2_r = keep_bias(bias2, m_r, H2, (BIASES & 2) > 0, ACT, WGMMA, dtype)
     out_bias = tl.full([], 0.0, tl.float32)
     if BIASES & OUT_BIAS:
         out_bias = tl.load(bias_out).to(tl.float32)
@@ -224,11 +225,13 @@ def backward_scores(
         g_a = load_rows(grad_pooled, its_q, d_a, its_q < queries, D, D, True)
         crossed = tl.dot(e_a, tl.trans(g_a), input_precision=PRECISION)  # [TILE, SEGMENTS]
         # Forward again. Vectors are loaded where they are used: to keep them would take the registers of a tile.
-        z_a = begin_layer(columns, b1_a, bias1, n_a, H1, (BIASES & 1) > 0, ACT, WGMMA, PRECISION)
+        c = b1_a if WGMMA else load_bias(bias1, n_a, H1, (BIASES & 1) > 0, ACT)
+        z_a = begin_layer(columns, c, n_a, (BIASES & 1) > 0, WGMMA, PRECISION)
         z_a = add_first_layer(z_a, e_a, v_a, ve_a, k_aa, p_aa, q_aa, PRECISION)
         z_r = z_a
         if R1 > 0:
-            z_r = begin_layer(columns, b1_r, bias1, n_r, H1, (BIASES & 1) > 0, ACT, WGMMA, PRECISION)
+            c = b1_r if WGMMA else load_bias(bias1, n_r, H1, (BIASES & 1) > 0, ACT)
+            z_r = begin_layer(columns, c, n_r, (BIASES & 1) > 0, WGMMA, PRECISION)
             z_r = add_first_layer(z_r, e_a, v_a, ve_a, k_ar, p_ar, q_ar, PRECISION)
         if RD > 0:
             e_r = load_rows(keys, row, d_r, live, key_stride, D, CONTIGUOUS)
@@ -254,7 +257,8 @@ def backward_scores(
         if H2 > 0:
             here = (slot - first_tile * TILE)[:, None]
             tl.store(h1 + here * W1 + n_a[None, :], h_a)
-            y_a = begin_layer(columns, b2_a, bias2, m_a, H2, (BIASES & 2) > 0, ACT, WGMMA, PRECISION)
+            c = b2_a if WGMMA else load_bias(bias2, m_a, H2, (BIASES & 2) > 0, ACT)
+            y_a = begin_layer(columns, c, m_a, (BIASES & 2) > 0, WGMMA, PRECISION)
             y_a = tl.dot(h_a, w2_aa, y_a, input_precision=PRECISION)
             if R1 > 0:
                 tl.store(h1 + here * W1 + n_r[None, :], h_r)
@@ -263,7 +267,8 @@ def backward_scores(
             t_a = activate(y_a, c0, c1, c2, ACT, FAST)
             y_r, t_r = y_a, t_a
             if R2 > 0:
-                y_r = begin_layer(columns, b2_r, bias2, m_r, H2, (BIASES & 2) > 0, ACT, WGMMA, PRECISION)
+                c = b2_r if WGMMA else load_bias(bias2, m_r, H2, (BIASES & 2) > 0, ACT)
+                y_r = begin_layer(columns, c, m_r, (BIASES & 2) > 0, WGMMA, PRECISION)
                 y_r = tl.dot(h_a, w2_ar, y_r, input_precision=PRECISION)
                 if R1 > 0:
                     y_r = tl.dot(h_r, w2_rr, y_r, input_precision=PRECISION)

@@ -89,34 +89,39 @@ def load_bias(bias, n, H: tl.constexpr, PRESENT: tl.constexpr, ACT: tl.constexpr
 
 
 @triton.jit
-def bias_rows(bias, n, H: tl.constexpr, PRESENT: tl.constexpr, ACT: tl.constexpr, dtype: tl.constexpr):
-    """The bias as three rows of ``dtype`` that add up to it, on top of a matrix [16, n] of zeros."""
+def keep_bias(bias, n, H: tl.constexpr, PRESENT: tl.constexpr, ACT: tl.constexpr, WGMMA: tl.constexpr,
+              dtype: tl.constexpr):  # fmt: skip
+    """What ``begin_layer`` needs of a bias: its vector; WGMMA: three rows of ``dtype`` that add up to it, on top of a matrix
+    [16, n] of zeros."""
     b = load_bias(bias, n, H, PRESENT, ACT)
-    high = b.to(dtype)
-    rest = b - high.to(tl.float32)
-    middle = rest.to(dtype)
-    low = (rest - middle.to(tl.float32)).to(dtype)
-    k = tl.arange(0, 16)[:, None]
-    return tl.where(k == 0, high[None, :], tl.where(k == 1, middle[None, :], tl.where(k == 2, low[None, :], 0.0)))
+    if WGMMA:
+        high = b.to(dtype)
+        rest = b - high.to(tl.float32)
+        middle = rest.to(dtype)
+        low = (rest - middle.to(tl.float32)).to(dtype)
+        k = tl.arange(0, 16)[:, None]
+        return tl.where(k == 0, high[None, :], tl.where(k == 1, middle[None, :], tl.where(k == 2, low[None, :], 0.0)))
+    else:
+        return b
 
 
 @triton.jit
 def bias_columns(dtype: tl.constexpr):
-    """[TILE, 16]: what ``bias_rows`` are multiplied by."""
+    """[TILE, 16]: what the three rows are multiplied by."""
     return tl.broadcast_to(tl.where(tl.arange(0, 16) < 3, 1.0, 0.0).to(dtype)[None, :], [TILE, 16])
 
 
 @triton.jit
-def begin_layer(columns, rows, bias, n, H: tl.constexpr, PRESENT: tl.constexpr, ACT: tl.constexpr,
-                WGMMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def begin_layer(columns, bias, n, PRESENT: tl.constexpr, WGMMA: tl.constexpr, PRECISION: tl.constexpr):
     """z [TILE, n] with nothing but the bias in it. WGMMA: by the tensor core, which leaves no copies to make, one for
-    every element, and no registers to copy from."""
+    every element, and no registers to copy from. (The products of older GPUs do not depend on the tile, and compilers
+    take them out of the loop, with all else that they find in registers then.)"""
     if not PRESENT:
         return tl.zeros([TILE, n.shape[0]], tl.float32)
     elif WGMMA:
-        return tl.dot(columns, rows, input_precision=PRECISION)
+        return tl.dot(columns, bias, input_precision=PRECISION)
     else:
-        return tl.broadcast_to(load_bias(bias, n, H, True, ACT)[None, :], [TILE, n.shape[0]])
+        return tl.broadcast_to(bias[None, :], [TILE, n.shape[0]])
 
 
 @triton.jit

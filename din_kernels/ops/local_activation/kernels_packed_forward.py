@@ -14,6 +14,9 @@ from .kernels_packed_common import (
     SEGMENTS,
     TILE,
     activate,
+    begin_layer,
+    bias_columns,
+    keep_bias,
     load_activation,
     load_first_layer,
     load_matrix,
@@ -64,7 +67,7 @@ def forward_packed(
     D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
     H2: tl.constexpr, A2: tl.constexpr, R2: tl.constexpr, ACT: tl.constexpr, BIASES: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_ATTENTION: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, HOIST: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, WGMMA: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """One or two hidden layers (H2 = 0), product interaction; each program takes every P-th tile.
 
@@ -81,7 +84,8 @@ def forward_packed(
     k_ra, p_ra, q_ra = k_aa, p_aa, q_aa
     if RD > 0:
         k_ra, p_ra, q_ra = load_first_layer(weight1, d_r, n_a, D, H1, ACT, dtype)
-    b1_a = load_vector(bias1, n_a, H1, (BIASES & 1) > 0) * scale_of(ACT)
+    columns = bias_columns(dtype)
+    b1_a = keep_bias(bias1, n_a, H1, (BIASES & 1) > 0, ACT, WGMMA, dtype)
     alpha1_a, slope1_a, shift1_a = load_activation(alpha1, mean1, rstd1, n_a, H1, ACT)
     if R1 > 0:
         n_r = A1 + tl.arange(0, R1)
@@ -89,12 +93,12 @@ def forward_packed(
         k_rr, p_rr, q_rr = k_ar, p_ar, q_ar
         if RD > 0:
             k_rr, p_rr, q_rr = load_first_layer(weight1, d_r, n_r, D, H1, ACT, dtype)
-        b1_r = load_vector(bias1, n_r, H1, (BIASES & 1) > 0) * scale_of(ACT)
+        b1_r = keep_bias(bias1, n_r, H1, (BIASES & 1) > 0, ACT, WGMMA, dtype)
         alpha1_r, slope1_r, shift1_r = load_activation(alpha1, mean1, rstd1, n_r, H1, ACT)
     if H2 > 0:
         m_a = tl.arange(0, A2)
         w2_aa = (load_matrix(weight2, n_a, m_a, H1, H1, H2) * scale_of(ACT)).to(dtype)
-        b2_a = load_vector(bias2, m_a, H2, (BIASES & 2) > 0) * scale_of(ACT)
+        b2_a = keep_bias(bias2, m_a, H2, (BIASES & 2) > 0, ACT, WGMMA, dtype)
         alpha2_a, slope2_a, shift2_a = load_activation(alpha2, mean2, rstd2, m_a, H2, ACT)
         out_a = load_vector(weight_out, m_a, H2, True)
         if R1 > 0:
@@ -102,7 +106,7 @@ def forward_packed(
         if R2 > 0:
             m_r = A2 + tl.arange(0, R2)
             w2_ar = (load_matrix(weight2, n_a, m_r, H1, H1, H2) * scale_of(ACT)).to(dtype)
-            b2_r = load_vector(bias2, m_r, H2, (BIASES & 2) > 0) * scale_of(ACT)
+            b2_r = keep_bias(bias2, m_r, H2, (BIASES & 2) > 0, ACT, WGMMA, dtype)
             alpha2_r, slope2_r, shift2_r = load_activation(alpha2, mean2, rstd2, m_r, H2, ACT)
             out_r = load_vector(weight_out, m_r, H2, True)
             if R1 > 0:
@@ -126,11 +130,11 @@ def forward_packed(
         e_a = load_rows(keys, row, d_a, live, key_stride, D, CONTIGUOUS)
         v_a = load_rows(query, q, d_a, live, D, D, True)
         ve_a = product(v_a, e_a, FAST)
-        z_a = add_first_layer(tl.broadcast_to(b1_a[None, :], [TILE, A1]), e_a, v_a, ve_a, k_aa, p_aa, q_aa, PRECISION)
+        z_a = begin_layer(columns, b1_a, n_a, (BIASES & 1) > 0, WGMMA, PRECISION)
+        z_a = add_first_layer(z_a, e_a, v_a, ve_a, k_aa, p_aa, q_aa, PRECISION)
         if R1 > 0:
-            z_r = add_first_layer(
-                tl.broadcast_to(b1_r[None, :], [TILE, R1]), e_a, v_a, ve_a, k_ar, p_ar, q_ar, PRECISION
-            )
+            z_r = begin_layer(columns, b1_r, n_r, (BIASES & 1) > 0, WGMMA, PRECISION)
+            z_r = add_first_layer(z_r, e_a, v_a, ve_a, k_ar, p_ar, q_ar, PRECISION)
         if RD > 0:
             e_r = load_rows(keys, row, d_r, live, key_stride, D, CONTIGUOUS)
             v_r = load_rows(query, q, d_r, live, D, D, True)
@@ -142,7 +146,8 @@ def forward_packed(
         if R1 > 0:
             h_r = apply(z_r, alpha1_r, slope1_r, shift1_r, alpha1, mean1, rstd1, n_r, H1, ACT, FAST, HOIST)
         if H2 > 0:
-            y_a = tl.dot(h_a.to(dtype), w2_aa, tl.broadcast_to(b2_a[None, :], [TILE, A2]), input_precision=PRECISION)
+            y_a = begin_layer(columns, b2_a, m_a, (BIASES & 2) > 0, WGMMA, PRECISION)
+            y_a = tl.dot(h_a.to(dtype), w2_aa, y_a, input_precision=PRECISION)
             if R1 > 0:
                 y_a = tl.dot(h_r.to(dtype), w2_ra, y_a, input_precision=PRECISION)
             score = tl.sum(
@@ -151,8 +156,8 @@ def forward_packed(
                 axis=1,
             )
             if R2 > 0:
-                y_r = tl.dot(h_a.to(dtype), w2_ar, tl.broadcast_to(b2_r[None, :], [TILE, R2]),
-                             input_precision=PRECISION)  # fmt: skip
+                y_r = begin_layer(columns, b2_r, m_r, (BIASES & 2) > 0, WGMMA, PRECISION)
+                y_r = tl.dot(h_a.to(dtype), w2_ar, y_r, input_precision=PRECISION)
                 if R1 > 0:
                     y_r = tl.dot(h_r.to(dtype), w2_rr, y_r, input_precision=PRECISION)
                 score += tl.sum(

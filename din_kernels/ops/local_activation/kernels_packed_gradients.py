@@ -4,7 +4,8 @@ of them are described): gradients of the rows and sums per list, then sums of th
 import triton
 import triton.language as tl
 
-from .kernels_packed_backward import add_matrix, add_vector, store_segments, unscale
+from .kernels_common import RELU
+from .kernels_packed_backward import add_matrix, add_vector, store_segments
 from .kernels_packed_common import (
     SEGMENTS,
     TILE,
@@ -19,11 +20,11 @@ from .kernels_packed_common import (
 def input_gradients(
     dz_a, dz_r, weights, k_a, p_a, k_r, p_r, of_segment, d, queries, row, live, keys, query, grad_pooled, grad_keys,
     first, segment, whole, part, at_carry, list_sums, carry, key_stride,
-    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``d`` of de, and of the sums Σ (dz1 W_p) ∘ e. ``of_segment``, ``weights`` [SEGMENTS, TILE]: 1, and a /
-    ``unscale``, where the slot belongs to the segment: what they hand out to rows are v and a g of the tile's few lists."""
+    """Columns ``d`` of de, and of the sums Σ (dz1 W_p) ∘ e. ``of_segment``, ``weights`` [SEGMENTS, TILE]: 1, and a, where
+    the slot belongs to the segment: what they hand out to rows are v and a g of the tile's few lists."""
     its_q = first + segment
     v = load_rows(query, its_q, d, its_q < queries, D, D, True)
     g = load_rows(grad_pooled, its_q, d, its_q < queries, D, D, True)
@@ -31,22 +32,22 @@ def input_gradients(
     back = tl.dot(dz_a, p_a, input_precision=PRECISION)
     if R > 0:
         back = tl.dot(dz_r, p_r, back, input_precision=PRECISION)
-    terms = (back * e.to(tl.float32)).to(e.dtype)
-    sums = tl.dot(of_segment, terms, input_precision=PRECISION) * unscale(ACT)
+    terms = product(back.to(e.dtype), e, FAST)
+    sums = tl.dot(of_segment, terms, input_precision=PRECISION)
     store_segments(sums, d, first, segment, whole, part, at_carry, 0, list_sums, carry, D, D + H)
     de = back * tl.dot(tl.trans(of_segment), v, input_precision=PRECISION)
     de = tl.dot(dz_a, k_a, de, input_precision=PRECISION)
     if R > 0:
         de = tl.dot(dz_r, k_r, de, input_precision=PRECISION)
-    de = tl.dot(tl.trans(weights), g, de, input_precision=PRECISION) * unscale(ACT)
+    de = tl.dot(tl.trans(weights), g, de, input_precision=PRECISION)
     tl.store(grad_keys + row.to(tl.int64)[:, None] * D + d[None, :], de.to(grad_keys.dtype.element_ty),
              mask=live[:, None] & (d < D)[None, :])  # fmt: skip
 
 
 @triton.jit
-def load_first_layer_rows(weight, d, n, D: tl.constexpr, H: tl.constexpr, ACT: tl.constexpr, dtype: tl.constexpr):
-    """(W_k − W_d, W_p) as they lie, [n, d]."""
-    k, p, _ = load_first_layer(weight, d, n, D, H, ACT, dtype)
+def load_first_layer_rows(weight, d, n, D: tl.constexpr, H: tl.constexpr, dtype: tl.constexpr):
+    """(W_k − W_d, W_p) as they lie, [n, d], and not scaled."""
+    k, p, _ = load_first_layer(weight, d, n, D, H, RELU, dtype)
     return tl.trans(k), tl.trans(p)
 
 
@@ -55,7 +56,7 @@ def backward_inputs(
     dz1, attention, keys, query, weight1, first_slot, tile_first, slot_query, slot_row, grad_pooled, grad_keys,
     list_sums, carry, key_stride, queries, first_tile, end_tile,
     D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
-    ACT: tl.constexpr, PRECISION: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """grad_keys, and the sums per list, of tiles first_tile … end_tile − 1 from what ``backward_scores`` left of them."""
     dtype: tl.constexpr = keys.dtype.element_ty
@@ -63,15 +64,15 @@ def backward_inputs(
     d_r = AD + tl.arange(0, RD if RD > 0 else 16)
     n_a = tl.arange(0, A1)
     n_r = A1 + tl.arange(0, R1 if R1 > 0 else 16)
-    k_aa, p_aa = load_first_layer_rows(weight1, d_a, n_a, D, H1, ACT, dtype)
+    k_aa, p_aa = load_first_layer_rows(weight1, d_a, n_a, D, H1, dtype)
     k_ar, p_ar = k_aa, p_aa
     if R1 > 0:
-        k_ar, p_ar = load_first_layer_rows(weight1, d_a, n_r, D, H1, ACT, dtype)
+        k_ar, p_ar = load_first_layer_rows(weight1, d_a, n_r, D, H1, dtype)
     if RD > 0:
-        k_ra, p_ra = load_first_layer_rows(weight1, d_r, n_a, D, H1, ACT, dtype)
+        k_ra, p_ra = load_first_layer_rows(weight1, d_r, n_a, D, H1, dtype)
         k_rr, p_rr = k_ra, p_ra
         if R1 > 0:
-            k_rr, p_rr = load_first_layer_rows(weight1, d_r, n_r, D, H1, ACT, dtype)
+            k_rr, p_rr = load_first_layer_rows(weight1, d_r, n_r, D, H1, dtype)
     lane = tl.arange(0, TILE)
     segment = tl.arange(0, SEGMENTS)
     end_tile = tl.minimum(end_tile, (tl.load(first_slot + queries) + TILE - 1) // TILE)
@@ -89,7 +90,7 @@ def backward_inputs(
         first = tl.load(tile_first + tile)
         mine = segment[:, None] == (q - first)[None, :]
         of_segment = tl.where(mine, 1.0, 0.0).to(dtype)
-        weights = tl.where(mine, (a / unscale(ACT))[None, :], 0.0).to(dtype)
+        weights = tl.where(mine, a[None, :], 0.0).to(dtype)
         begins, ends, continued = tile_borders(first_slot, tile_first, tile, first, queries)
         whole = (segment >= begins) & (segment < ends)
         part = ((segment == 0) & (begins > 0)) | ((segment == ends) & continued)
@@ -101,11 +102,11 @@ def backward_inputs(
             store_segments(gamma, n_r, first, segment, whole, part, at_carry, D, list_sums, carry, H1, D + H1)
         input_gradients(dz_a, dz_r, weights, k_aa, p_aa, k_ar, p_ar, of_segment, d_a, queries, row, live, keys, query,
                         grad_pooled, grad_keys, first, segment, whole, part, at_carry, list_sums, carry, key_stride,
-                        D, H1, R1, ACT, PRECISION, CONTIGUOUS)  # fmt: skip
+                        D, H1, R1, PRECISION, FAST, CONTIGUOUS)  # fmt: skip
         if RD > 0:
             input_gradients(dz_a, dz_r, weights, k_ra, p_ra, k_rr, p_rr, of_segment, d_r, queries, row, live, keys, query,
                             grad_pooled, grad_keys, first, segment, whole, part, at_carry, list_sums, carry, key_stride,
-                            D, H1, R1, ACT, PRECISION, CONTIGUOUS)  # fmt: skip
+                            D, H1, R1, PRECISION, FAST, CONTIGUOUS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["queries", "first_tile", "end_tile"])

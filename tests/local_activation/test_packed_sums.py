@@ -153,15 +153,18 @@ def test_borders(device, poison_scratch, lengths, softmax):
 
 
 def test_statistics_far_from_zero(device):
-    """Mean 500 times the deviation: Σz² − (Σz)²/n would have lost the variance."""
-    case = make_case(trained(Spec((150, 3, 200), 8, (16,))), device)
-    bias = case.tensors.biases[0]
-    assert bias is not None
-    tensors = case.tensors._replace(biases=[bias + 1000.0, *case.tensors.biases[1:]])
-    _, mean, m2 = packed_sums.statistics(case.config, tensors, 0)
-    count, want_mean, want_m2 = case.moments[0]
-    torch.testing.assert_close(mean.double().cpu(), want_mean + 1000.0, rtol=1e-6, atol=1e-3)
-    torch.testing.assert_close(m2.double().cpu() / count, want_m2 / count, rtol=2e-3, atol=2e-3)
+    """Mean hundreds of times the deviation, by what the query brings: Σz² − (Σz)²/n would have lost the variance."""
+    case = make_case(trained(Spec((353,), 8, (16,))), device)
+    weight = case.tensors.weights[0].clone()
+    weight[:, 16:] = 0  # of query − key and query ∘ key
+    tensors = case.tensors._replace(query=300 * case.tensors.query, weights=[weight, *case.tensors.weights[1:]])
+    rows = torch.cat([tensors.query.expand(353, 8), tensors.keys], dim=1).double()
+    z = rows @ weight[:, :16].double().t() + tensors.biases[0].double()
+    var, mean = torch.var_mean(z, 0, correction=0)
+    assert float((mean.abs() / var.sqrt()).max()) > 300
+    _, found_mean, found_m2 = packed_sums.statistics(case.config, tensors, 0)
+    torch.testing.assert_close(found_mean.double(), mean, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(found_m2.double() / 353, var, rtol=2e-3, atol=2e-3)
 
 
 def test_memory():

@@ -19,7 +19,11 @@ from .kernels_packed_common import (
     SEGMENTS,
     TILE,
     activate,
+    begin_layer,
+    bias_columns,
+    keep_bias,
     load_activation,
+    load_bias,
     load_first_layer,
     load_matrix,
     load_rows,
@@ -29,7 +33,7 @@ from .kernels_packed_common import (
     tile_borders,
 )
 from .kernels_packed_forward import add_first_layer
-from .kernels_tiled_forward import add_rows, store_moments
+from .kernels_tiled_forward import add_rows
 
 
 @triton.jit
@@ -52,13 +56,16 @@ def load_inputs(keys, query, row, q, d, live, key_stride, D: tl.constexpr, FAST:
 
 
 @triton.jit
-def first_layer(
-    e_a, v_a, ve_a, e_r, v_r, ve_r, k_a, p_a, q_a, k_r, p_r, q_r, bias1, n,
-    RD: tl.constexpr, H1: tl.constexpr, BIASES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """z1 [TILE, n]."""
-    bias = load_vector(bias1, n, H1, (BIASES & 1) > 0)
-    z = tl.broadcast_to(bias[None, :], [TILE, n.shape[0]])
+def begin(columns, kept, bias, n, H: tl.constexpr, PRESENT: tl.constexpr, WGMMA: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
+    """``begin_layer``; where the tensor core does not add the bias, it is loaded anew, which takes no registers to keep it."""
+    return begin_layer(columns, kept if WGMMA else load_bias(bias, n, H, PRESENT, DICE), n, PRESENT, WGMMA, PRECISION)
+
+
+@triton.jit
+def first_layer(z, e_a, v_a, ve_a, e_r, v_r, ve_r, k_a, p_a, q_a, k_r, p_r, q_r, RD: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """z1 [TILE, n] from ``z``, which has the bias in it or nothing."""
     z = add_first_layer(z, e_a, v_a, ve_a, k_a, p_a, q_a, PRECISION)
     if RD > 0:
         z = add_first_layer(z, e_r, v_r, ve_r, k_r, p_r, q_r, PRECISION)
@@ -66,14 +73,12 @@ def first_layer(
 
 
 @triton.jit
-def second_layer(h_a, h_r, w_a, w_r, bias2, n, R1: tl.constexpr, H2: tl.constexpr, BIASES: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """z2 [TILE, n]."""
-    bias = load_vector(bias2, n, H2, (BIASES & 2) > 0)
-    y = tl.dot(h_a, w_a, tl.broadcast_to(bias[None, :], [TILE, n.shape[0]]), input_precision=PRECISION)
+def second_layer(z, h_a, h_r, w_a, w_r, R1: tl.constexpr, PRECISION: tl.constexpr):
+    """z2 [TILE, n], likewise."""
+    z = tl.dot(h_a, w_a, z, input_precision=PRECISION)
     if R1 > 0:
-        y = tl.dot(h_r, w_r, y, input_precision=PRECISION)
-    return y
+        z = tl.dot(h_r, w_r, z, input_precision=PRECISION)
+    return z
 
 
 @triton.jit
@@ -115,10 +120,10 @@ def backward_sums(
     D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
     H2: tl.constexpr, A2: tl.constexpr, R2: tl.constexpr, BIASES: tl.constexpr, LAYER: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """Σ dx̂ and Σ dx̂ · x̂ of hidden layer LAYER over each program's tiles: ``partial`` [P, 2 · H]. ``sums2``: those of the
-    second layer, divided by the count, which the first needs."""
+    second layer, divided by the count, which the first needs. WGMMA: see ``begin_layer``."""
     dtype: tl.constexpr = keys.dtype.element_ty
     TWO: tl.constexpr = H2 > 0
     TOP: tl.constexpr = LAYER == (1 if TWO else 0)
@@ -144,6 +149,12 @@ def backward_sums(
             w2_ar = load_matrix(weight2, n_a, top_r, H1, H1, H2).to(dtype)
             if R1 > 0:
                 w2_rr = load_matrix(weight2, n_r, top_r, H1, H1, H2).to(dtype)
+    columns = bias_columns(dtype)
+    b1_a = keep_bias(bias1, n_a, H1, (BIASES & 1) > 0, DICE, WGMMA, dtype)
+    b1_r = keep_bias(bias1, n_r, H1, (BIASES & 1) > 0, DICE, WGMMA, dtype)
+    if TWO:
+        b2_a = keep_bias(bias2, top_a, H2, (BIASES & 2) > 0, DICE, WGMMA, dtype)
+        b2_r = keep_bias(bias2, top_r, H2, (BIASES & 2) > 0, DICE, WGMMA, dtype)
     out_bias = tl.full([], 0.0, tl.float32)
     if SOFTMAX and (BIASES & OUT_BIAS):
         out_bias = tl.load(bias_out).to(tl.float32)
@@ -176,12 +187,12 @@ def backward_sums(
             ds += tl.load(grad_weights + row, mask=live, other=0.0).to(tl.float32)
 
         # Forward again.
-        z_a = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_aa, p_aa, q_aa, k_ra, p_ra, q_ra, bias1, n_a,
-                          RD, H1, BIASES, PRECISION)  # fmt: skip
+        z_a = begin(columns, b1_a, bias1, n_a, H1, (BIASES & 1) > 0, WGMMA, PRECISION)
+        z_a = first_layer(z_a, e_a, v_a, ve_a, e_r, v_r, ve_r, k_aa, p_aa, q_aa, k_ra, p_ra, q_ra, RD, PRECISION)
         z_r = z_a
         if R1 > 0:
-            z_r = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_ar, p_ar, q_ar, k_rr, p_rr, q_rr, bias1, n_r,
-                              RD, H1, BIASES, PRECISION)  # fmt: skip
+            z_r = begin(columns, b1_r, bias1, n_r, H1, (BIASES & 1) > 0, WGMMA, PRECISION)
+            z_r = first_layer(z_r, e_a, v_a, ve_a, e_r, v_r, ve_r, k_ar, p_ar, q_ar, k_rr, p_rr, q_rr, RD, PRECISION)
         y_a, y_r = z_a, z_r  # of the top layer
         alpha, mean, rstd = alpha1, mean1, rstd1
         if TWO:
@@ -189,10 +200,12 @@ def backward_sums(
             h_r = h_a
             if R1 > 0:
                 h_r = hidden(z_r, alpha1, mean1, rstd1, n_r, H1, FAST).to(dtype)
-            y_a = second_layer(h_a, h_r, w2_aa, w2_ra, bias2, top_a, R1, H2, BIASES, PRECISION)
+            y_a = begin(columns, b2_a, bias2, top_a, H2, (BIASES & 2) > 0, WGMMA, PRECISION)
+            y_a = second_layer(y_a, h_a, h_r, w2_aa, w2_ra, R1, PRECISION)
             y_r = y_a
             if R2 > 0:
-                y_r = second_layer(h_a, h_r, w2_ar, w2_rr, bias2, top_r, R1, H2, BIASES, PRECISION)
+                y_r = begin(columns, b2_r, bias2, top_r, H2, (BIASES & 2) > 0, WGMMA, PRECISION)
+                y_r = second_layer(y_r, h_a, h_r, w2_ar, w2_rr, R1, PRECISION)
             alpha, mean, rstd = alpha2, mean2, rstd2
         if SOFTMAX:
             t = hidden(y_a, alpha, mean, rstd, top_a, H_OUT, FAST)
@@ -241,13 +254,22 @@ def backward_sums(
         store_terms(partial, total_r, turned_r, factor_r, alpha, at_r, H)
 
 
+@triton.jit
+def store_packed_moments(means, m2s, mean, m2, count, share, bias, n, H: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Merge the places; ``bias`` of the layer was left out of z."""
+    merged = tl.sum(mean * share[:, None], axis=0)
+    delta = mean - merged[None, :]
+    tl.store(means + n, merged + load_vector(bias, n, H, HAS_BIAS), mask=n < H)
+    tl.store(m2s + n, tl.sum(m2 + delta * (delta * count[:, None]), axis=0), mask=n < H)
+
+
 @triton.jit(do_not_specialize=["queries"])
 def statistics_packed(
     keys, query, weight1, bias1, alpha1, mean1, rstd1, weight2, bias2, first_slot, slot_query, slot_row,
     counts, means, m2s, key_stride, queries,
     D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
     H2: tl.constexpr, A2: tl.constexpr, R2: tl.constexpr, BIASES: tl.constexpr, LAYER: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """Moments of z of hidden layer LAYER over each program's tiles: ``counts`` [P] int64, ``means`` and ``m2s`` [P, H].
 
@@ -274,6 +296,12 @@ def statistics_packed(
             if R1 > 0:
                 w2_rr = load_matrix(weight2, n_r, at_r, H1, H1, H2).to(dtype)
 
+    # The layer's own bias moves the mean alone: it is added at the end.
+    BIASED: tl.constexpr = TWO and ((BIASES & 1) > 0)
+    columns = bias_columns(dtype)
+    b1_a = keep_bias(bias1, n_a, H1, BIASED, DICE, WGMMA, dtype)
+    b1_r = keep_bias(bias1, n_r, H1, BIASED, DICE, WGMMA, dtype)
+
     lane = tl.arange(0, TILE)
     count = tl.zeros([TILE], tl.float32)
     mean_a, m2_a = tl.zeros([TILE, A], tl.float32), tl.zeros([TILE, A], tl.float32)
@@ -289,20 +317,20 @@ def statistics_packed(
         e_r, v_r, ve_r = e_a, v_a, ve_a
         if RD > 0:
             e_r, v_r, ve_r = load_inputs(keys, query, row, q, d_r, live, key_stride, D, FAST, CONTIGUOUS)
-        z_a = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_aa, p_aa, q_aa, k_ra, p_ra, q_ra, bias1, n_a,
-                          RD, H1, BIASES, PRECISION)  # fmt: skip
+        z_a = begin(columns, b1_a, bias1, n_a, H1, BIASED, WGMMA, PRECISION)
+        z_a = first_layer(z_a, e_a, v_a, ve_a, e_r, v_r, ve_r, k_aa, p_aa, q_aa, k_ra, p_ra, q_ra, RD, PRECISION)
         z_r = z_a
         if R1 > 0:
-            z_r = first_layer(e_a, v_a, ve_a, e_r, v_r, ve_r, k_ar, p_ar, q_ar, k_rr, p_rr, q_rr, bias1, n_r,
-                              RD, H1, BIASES, PRECISION)  # fmt: skip
+            z_r = begin(columns, b1_r, bias1, n_r, H1, BIASED, WGMMA, PRECISION)
+            z_r = first_layer(z_r, e_a, v_a, ve_a, e_r, v_r, ve_r, k_ar, p_ar, q_ar, k_rr, p_rr, q_rr, RD, PRECISION)
         if TWO:
             h_a = hidden(z_a, alpha1, mean1, rstd1, n_a, H1, FAST).to(dtype)
             h_r = h_a
             if R1 > 0:
                 h_r = hidden(z_r, alpha1, mean1, rstd1, n_r, H1, FAST).to(dtype)
-            z_a = second_layer(h_a, h_r, w2_aa, w2_ra, bias2, at_a, R1, H2, BIASES, PRECISION)
+            z_a = second_layer(tl.zeros([TILE, A], tl.float32), h_a, h_r, w2_aa, w2_ra, R1, PRECISION)
             if R2 > 0:
-                z_r = second_layer(h_a, h_r, w2_ar, w2_rr, bias2, at_r, R1, H2, BIASES, PRECISION)
+                z_r = second_layer(tl.zeros([TILE, R], tl.float32), h_a, h_r, w2_ar, w2_rr, R1, PRECISION)
         total = count + live.to(tl.float32)
         share = live.to(tl.float32) * reciprocal(tl.maximum(total, 1.0), FAST)
         cross = count * share
@@ -315,9 +343,11 @@ def statistics_packed(
     means += tl.program_id(0) * H
     m2s += tl.program_id(0) * H
     share = count / tl.maximum(seen, 1)
-    store_moments(means, m2s, mean_a, m2_a, count, share, at_a, H)
+    bias = bias2 if TWO else bias1
+    HAS_BIAS: tl.constexpr = (BIASES & (2 if TWO else 1)) > 0
+    store_packed_moments(means, m2s, mean_a, m2_a, count, share, bias, at_a, H, HAS_BIAS)
     if R > 0:
-        store_moments(means, m2s, mean_r, m2_r, count, share, at_r, H)
+        store_packed_moments(means, m2s, mean_r, m2_r, count, share, bias, at_r, H, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["queries"])

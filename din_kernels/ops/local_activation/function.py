@@ -123,11 +123,10 @@ def _dice_forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]
 
 def _present(outputs: UnitOutputs, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Operators return tensors only: an empty one stands for what is absent."""
-    nothing = keys.new_empty(0)
     return (
         outputs.pooled,
-        nothing if outputs.weights is None else outputs.weights,
-        nothing.clone() if outputs.log_normaliser is None else outputs.log_normaliser,
+        keys.new_empty(0) if outputs.weights is None else outputs.weights,
+        keys.new_empty(0) if outputs.log_normaliser is None else outputs.log_normaliser,
     )
 
 

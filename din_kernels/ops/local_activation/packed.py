@@ -258,6 +258,29 @@ class Packed:
         }  # fmt: skip
 
 
+def finish_options() -> dict[str, int]:
+    """Left alone, ptxas spills a few bytes of some widths for the sake of more programs per processor."""
+    return {"num_warps": 4, **({"maxnreg": 128} if torch.version.hip is None else {})}
+
+
+def finish_lists(
+    tables: Tables,
+    carry: Tensor,
+    sums: Tensor,
+    carry_softmax: Tensor | None = None,
+    log_normaliser: Tensor | None = None,
+) -> None:
+    """Complete ``sums`` [Q, D] of lists that lie in several tiles with what those left in ``carry`` [2 · tiles, D]."""
+    from .kernels_packed_forward import finish_packed
+
+    queries, dim = sums.shape
+    softmax = carry_softmax is not None
+    finish_packed[(-(-queries // FINISH_LISTS),)](
+        carry, carry_softmax if softmax else carry, tables.first_slot, sums, log_normaliser if softmax else sums, queries,
+        D=dim, BLOCK_D=max(16, next_power_of_two(dim)), LISTS=FINISH_LISTS, SOFTMAX=softmax, **finish_options(),
+    )  # fmt: skip
+
+
 def forward(
     config: UnitConfig, tensors: UnitTensors, *, return_weights: bool, call: Packed | None = None
 ) -> UnitOutputs:
@@ -291,10 +314,7 @@ def forward(
             launch(fp32_kernels.forward_packed_fp32, (programs,), operands, **FP32_OPTIONS)
         else:
             launch(kernels.forward_packed, (programs,), operands, **launch_options(config))
-        kernels.finish_packed[(-(-queries // FINISH_LISTS),)](
-            carry, carry_softmax, call.tables.first_slot, pooled, log_normaliser, queries,
-            D=dim, BLOCK_D=next_power_of_two(dim), LISTS=FINISH_LISTS, SOFTMAX=softmax, num_warps=4,
-        )  # fmt: skip
+        finish_lists(call.tables, carry, pooled, carry_softmax if softmax else None, log_normaliser)
         if weights is not None and softmax:
             kernels.normalise_packed[(programs,)](
                 attention, log_normaliser, weights, **call.tables.operands(), queries=queries,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
 from . import universal_backward
-from .packed import FINISH_LISTS, TILE, Packed, next_power_of_two, serves, widths_of
+from .packed import TILE, Packed, finish_lists, next_power_of_two, serves, widths_of
 from .packed_collect import collect, vector_sizes, zeroed
 from .packed_sums import dice_sums, fits_sums, softmax_delta
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
@@ -70,7 +70,6 @@ def backward(
     """Gradients of everything; see torch_impl.backward."""
     from . import kernels_packed_backward as kernels
     from . import kernels_packed_gradients as after
-    from .kernels_packed_forward import finish_packed
 
     keys, dim, widths = tensors.keys, config.embedding_dim, config.hidden_units
     device, dtype, two = keys.device, keys.dtype, len(config.hidden_units) > 1
@@ -128,9 +127,6 @@ def backward(
             if two:
                 sums_of_two = {**operands, "totals": second_sums, "vectors": second_vectors}
                 launch(after.second_layer_sums, (programs,), sums_of_two, **SUM_OPTIONS)
-        finish_packed[(-(-queries // FINISH_LISTS),)](
-            carry, carry, tables.first_slot, list_sums, list_sums, queries,
-            D=width, BLOCK_D=next_power_of_two(width), LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,
-        )  # fmt: skip
+        finish_lists(tables, carry, list_sums)
 
     return collect(config, tensors, grad_keys, list_sums, first_sums, second_sums, second_vectors, vectors)

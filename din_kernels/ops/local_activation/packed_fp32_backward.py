@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
 from .factorise import first_layer
-from .packed import FINISH_LISTS, TILE, Packed, describes, fp32_constants, next_power_of_two
+from .packed import TILE, Packed, describes, finish_lists, fp32_constants, next_power_of_two
 from .packed_backward import BETWEEN_BYTES
 from .packed_collect import collect, vector_sizes, zeroed
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
@@ -87,7 +87,6 @@ def backward(
 ) -> UnitGradients:
     """Gradients of everything; see torch_impl.backward."""
     from . import kernels_packed_fp32_backward as kernels
-    from .kernels_packed_forward import finish_packed
 
     keys, dim, widths = tensors.keys, config.embedding_dim, config.hidden_units
     device, two = keys.device, len(config.hidden_units) > 1
@@ -157,8 +156,5 @@ def backward(
             launch(kernels.first_layer_sums_fp32, grid, of_first, **SUM_OPTIONS)
             if two:
                 launch(kernels.second_layer_sums_fp32, (programs,), of_second, **SUM_OPTIONS)
-        finish_packed[(-(-queries // FINISH_LISTS),)](
-            carry, carry, tables.first_slot, list_sums, list_sums, queries,
-            D=width, BLOCK_D=next_power_of_two(width), LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,
-        )  # fmt: skip
+        finish_lists(tables, carry, list_sums)
     return collect(config, tensors, grad_keys, list_sums, first_sums, second_sums, second_vectors, vectors)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
 from .dice_statistics import Moments, merge
-from .packed import FINISH_LISTS, Packed, describes, widths_of
+from .packed import Packed, describes, finish_lists, widths_of
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import capability_of, num_programs
 
@@ -96,7 +96,6 @@ def dice_sums(call: Packed, operands: dict[str, Any], inv_count: Tensor) -> Tens
 def softmax_delta(call: Packed, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None) -> Tensor:
     """δ_q = g · u_q + Σ_j a_j · ∂L/∂a_j, fp32 [Q]; one candidate a list."""
     from . import kernels_packed_sums as kernels
-    from .kernels_packed_forward import finish_packed
 
     delta = (grad_pooled.float() * saved.pooled.float()).sum(1)
     if grad_weights is None:
@@ -108,8 +107,5 @@ def softmax_delta(call: Packed, saved: UnitOutputs, grad_pooled: Tensor, grad_we
     kernels.weighted_gradients_packed[(min(tables.tiles, num_programs(device, 8)),)](
         saved.weights, grad_weights, *tables.operands().values(), of_weights, carry, queries, num_warps=2
     )
-    finish_packed[(-(-queries // FINISH_LISTS),)](
-        carry, carry, tables.first_slot, of_weights, of_weights, queries,
-        D=1, BLOCK_D=16, LISTS=FINISH_LISTS, SOFTMAX=False, num_warps=4,
-    )  # fmt: skip
+    finish_lists(tables, carry, of_weights)
     return delta + of_weights[:, 0]

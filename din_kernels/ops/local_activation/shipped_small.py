@@ -1,14 +1,17 @@
 """Cases of the small kernels around the large ones, for ``shipped.compile_cases``: numbering of work items, Dice's
-statistics, what becomes of the packed backward's sums."""
+statistics, the tables of the packed kernels, and what becomes of what their programs and items leave behind."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from ..._tuning import CompileCase
 from . import items, packed_collect
 from .dice_statistics import BLOCK_H, BLOCK_P
-from .packed import next_power_of_two
+from .packed import FINISH_LISTS, TABLE_BLOCK, TILE, finish_options, next_power_of_two
+from .universal import COMBINE_BLOCK
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -16,6 +19,8 @@ def compile_cases() -> Iterator[CompileCase]:
     yield from _parameters()
     yield from _statistics()
     yield from _collect()
+    yield from _packed()
+    yield from _slots()
 
 
 def _items() -> Iterator[CompileCase]:
@@ -101,10 +106,102 @@ def _statistics() -> Iterator[CompileCase]:
             signature=signature, num_warps=4, rows=BLOCK_P, unit="part", aligned=pointers,
             constexprs={"H": width, "BLOCK_H": BLOCK_H, "BLOCK_P": BLOCK_P, "NORMALISE": True},
         )  # fmt: skip
-    vectors = ("mean", "m2", "running_mean", "running_var")
-    signature = {"count": "*fp64", **dict.fromkeys(vectors, "*fp32"), "tracked": "*i64", "momentum": "fp32"}
+    state = ("mean", "m2", "running_mean", "running_var")
+    signature = {"count": "*fp64", **dict.fromkeys(state, "*fp32"), "tracked": "*i64", "momentum": "fp32"}
     yield CompileCase(
         name="local_activation/statistics/update_running/H80", kernel=kernels.update_running, signature=signature,
-        num_warps=4, aligned=("count", *vectors, "tracked"),
+        num_warps=4, aligned=("count", *state, "tracked"),
         constexprs={"H": 80, "BLOCK_H": 128, "TRACKED": True, "CUMULATIVE": False},
     )  # fmt: skip
+
+
+_LISTS = {"starts": "*i64", "ends": "*i64"}
+_TABLES = {"first_slot": "*i32", "tile_first": "*i32", "slot_query": "*i32", "slot_row": "*i32"}
+_WEIGHT_STRIDES = {"weight_row": "i32", "weight_candidate": "i32", "weight_list": "i32"}
+
+
+def _pointers(signature: dict[str, str]) -> tuple[str, ...]:
+    """Those that are tensors of their own; ``ends`` may begin one element into the offsets."""
+    return tuple(name for name, kind in signature.items() if kind.startswith("*") and name not in _LISTS)
+
+
+def _packed() -> Iterator[CompileCase]:
+    """The tables of the packed kernels, and what follows them."""
+    from . import kernels_packed_forward as forward
+    from . import kernels_packed_sums as sums
+    from . import kernels_packed_tables as tables
+
+    numbers = {"candidates": "i32", "queries": "i32"}
+
+    def case(
+        name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, rows: int = 0,
+        unit: str = "row", num_warps: int = 4,
+    ) -> CompileCase:  # fmt: skip
+        return CompileCase(
+            name=f"local_activation/{name}", kernel=kernel, signature=signature, constexprs=constants, rows=rows,
+            unit=unit, num_warps=num_warps, aligned=_pointers(signature),
+        )  # fmt: skip
+
+    block = {"BLOCK": TABLE_BLOCK}
+    yield case("tables/sum_slots/i64", tables.sum_slots, {**_LISTS, "sums": "*i32", **numbers}, block)
+    for name, summed in (("few", False), ("many", True)):
+        signature = {**_LISTS, "sums": "*i32", "first_slot": "*i32", "tile_first": "*i32", **numbers}
+        constants = {**block, "BLOCK_SUMS": 128, "SUMMED": summed}
+        yield case(f"tables/make_tables/{name}-i64", tables.make_tables, signature, constants)
+    yield case("tables/fill_slots/i64", tables.fill_slots, {**_LISTS, **_TABLES, **numbers}, {}, rows=TILE, unit="slot")
+
+    # The weighted sums, and the sums of the backward, which stay in fp32; one column: those of softmax's backward.
+    for dim, softmax, kind in ((64, True, "bf16"), (128, True, "fp32"), (36, False, "fp32"), (1, False, "fp32")):
+        signature = {
+            "carry": "*fp32", "carry_softmax": "*fp32", "first_slot": "*i32", "pooled": f"*{kind}",
+            "log_normaliser": "*fp32", "queries": "i32",
+        }  # fmt: skip
+        constants = {"D": dim, "BLOCK_D": max(16, next_power_of_two(dim)), "LISTS": FINISH_LISTS, "SOFTMAX": softmax}
+        name = f"packed/finish/D{dim}{'-softmax' if softmax else ''}-{kind}"
+        finish = case(name, forward.finish_packed, signature, constants)
+        limited = {k: v for k, v in finish_options().items() if k != "num_warps"}
+        yield dataclasses.replace(finish, targets=("sm_80", "sm_90"), options=limited)
+        yield dataclasses.replace(finish, targets=("gfx942",), name=f"{finish.name}-amd")
+    for kind in ("bf16", "fp32"):
+        signature = {"scores": "*fp32", "log_normaliser": "*fp32", "weights": f"*{kind}", **_TABLES}
+        signature |= {"queries": "i32", "candidates": "i32", **_WEIGHT_STRIDES}
+        yield case(f"packed/normalise/{kind}", forward.normalise_packed, signature, {}, rows=TILE)
+        signature = {"weights": f"*{kind}", "grad_weights": f"*{kind}", **_TABLES, "sums": "*fp32", "carry": "*fp32"}
+        signature |= {"queries": "i32"}
+        name = f"packed/weighted-gradients/{kind}"
+        yield case(name, sums.weighted_gradients_packed, signature, {}, rows=TILE, num_warps=2)
+
+
+def _slots() -> Iterator[CompileCase]:
+    """What follows the tiled and the universal kernels: slots of one query row added up, weights finished."""
+    from . import kernels_universal_backward as backward
+    from . import kernels_universal_forward as forward
+
+    chunks = {"chunk_offsets": "*i64", "num_lists": "i32", "candidates": "i32"}
+
+    def case(
+        name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], rows: int = 0
+    ) -> CompileCase:
+        return CompileCase(
+            name=f"local_activation/slots/{name}", kernel=kernel, signature=signature, constexprs=constants, rows=rows,
+            num_warps=4, aligned=_pointers(signature),
+        )  # fmt: skip
+
+    for dim, softmax, kind in ((64, True, "bf16"), (256, True, "fp32"), (36, False, "fp32")):
+        signature = {"partial": "*fp32", "partial_softmax": "*fp32", "pooled": f"*{kind}", "log_normaliser": "*fp32"}
+        block = min(COMBINE_BLOCK, next_power_of_two(dim))
+        constants = {"D": dim, "BLOCK_D": block, "BLOCK_K": 16, "SOFTMAX": softmax}
+        name = f"combine/D{dim}{'-softmax' if softmax else ''}-{kind}"
+        yield case(name, forward.combine_items, {**signature, **chunks}, constants)
+    yield case(
+        "add/fp32", backward.add_slots, {"slots": "*fp32", "width": "i32", **chunks}, {"BLOCK": 128, "BLOCK_K": 8}
+    )
+
+    shared = {**_LISTS, "row_mask": "*u8", "chunk_list": "*i64", "item_rows": "i32", **chunks, **_WEIGHT_STRIDES}
+    for kind, mask in (("bf16", False), ("bf16", True), ("fp32", False)):
+        constants = {"T": 128, "HAS_MASK": mask}
+        shape = f"{'masked-' if mask else ''}{kind}"
+        signature = {"scores": "*fp32", "log_normaliser": "*fp32", "weights": f"*{kind}", **shared}
+        yield case(f"normalise/{shape}", forward.normalise_weights, signature, constants, rows=128)
+        signature = {"weights": f"*{kind}", "grad_weights": f"*{kind}", "slots": "*fp32", **shared}
+        yield case(f"weighted-gradients/{shape}", backward.weighted_gradients, signature, constants, rows=128)

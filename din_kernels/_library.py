@@ -22,11 +22,18 @@ _EVERYWHERE = "CompositeExplicitAutograd"
 _implementations: dict[Any, Callable[..., Any]] = {}
 
 
-def define(schema: str, *, fake: Callable[..., Any], impls: dict[str, Callable[..., Any]]) -> Any:
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    impls: dict[str, Callable[..., Any]],
+    direct: Callable[..., Any] | None = None,
+) -> Any:
     """Declare ``schema`` (``"name(Tensor x, ...) -> Tensor"``) and return the callable operator.
 
-    ``impls`` maps a dispatch key (``"CPU"``, ``"CUDA"``, ``"CompositeExplicitAutograd"``) to an implementation. Calling it
-    again for a name that exists (a module reload) returns the existing operator.
+    ``impls`` maps a dispatch key (``"CPU"``, ``"CUDA"``, ``"CompositeExplicitAutograd"``) to an implementation; ``direct`` is
+    what ``run`` calls where nobody listens, by default the last of those keys'. Calling it again for a name that exists (a
+    module reload) returns the existing operator.
     """
     name = schema.split("(", 1)[0].strip()
     if name not in _defined:
@@ -36,8 +43,9 @@ def define(schema: str, *, fake: Callable[..., Any], impls: dict[str, Callable[.
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         _defined.add(name)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if _EVERYWHERE in impls:
-        _implementations.setdefault(operator, impls[_EVERYWHERE])
+    direct = direct or impls.get(_EVERYWHERE)
+    if direct is not None:
+        _implementations.setdefault(operator, direct)
     return operator
 
 

@@ -77,6 +77,7 @@ moments_op = define(
     "dice_moments(Tensor x, Tensor? mask, str backend) -> Tensor",
     fake=lambda x, *_: _three(x),
     impls={_EVERYWHERE: torch.no_grad()(_moments)},
+    direct=_moments,
 )
 forward_op = define(
     f"dice_forward(Tensor x, Tensor? shift, Tensor? mask, Tensor? gathered, {_PARAMETERS}, Tensor(a!)? running_mean, "
@@ -84,23 +85,27 @@ forward_op = define(
     "-> (Tensor, Tensor)",
     fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
     impls={_EVERYWHERE: torch.no_grad()(_forward)},
+    direct=_forward,
 )
 evaluate_op = define(
     f"dice_evaluate(Tensor x, Tensor? shift, {_PARAMETERS}, Tensor mean, Tensor var, float eps, str backend) "
     "-> (Tensor, Tensor)",
     fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
     impls={_EVERYWHERE: torch.no_grad()(_evaluate)},
+    direct=_evaluate,
 )
 sums_op = define(
     f"dice_sums(Tensor grad, Tensor x, Tensor normaliser, {_PARAMETERS}, str backend) -> Tensor",
     fake=lambda grad, x, *_: _three(x),
     impls={_EVERYWHERE: torch.no_grad()(_sums)},
+    direct=_sums,
 )
 backward_op = define(
     f"dice_backward(Tensor grad, Tensor x, Tensor? shift, Tensor? mask, Tensor normaliser, Tensor? gathered, {_PARAMETERS}, "
     "bool training, str backend) -> (Tensor, Tensor)",
     fake=lambda grad, x, shift, *_: (x.new_empty(x.shape), _three(x, shift)),
     impls={_EVERYWHERE: torch.no_grad()(_backward)},
+    direct=_backward,
 )
 
 

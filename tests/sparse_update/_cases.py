@@ -55,7 +55,7 @@ class Problem:
     state: dict[str, Tensor]
     options: dict[str, Any]
 
-    def run(self, backend: str, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, backend: str | None, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """(weight, state) after one update of copies."""
         weight, state = self.weight.clone(), {name: value.clone() for name, value in self.state.items()}
         arguments = {**self.options, "occurrences": self.occurrences, "state": state or None, **changes}

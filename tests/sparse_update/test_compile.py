@@ -14,29 +14,29 @@ from ._cases import problem, runs
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend):
+def test_opcheck(backend, device):
     if backend == "triton":
         pytest.importorskip("triton")
-    ids = torch.tensor([2, 0, -1, 2, 4])
+    ids = torch.tensor([2, 0, -1, 2, 4], device=device)
     torch.library.opcheck(function._plan_op, (ids, 5, 4, backend))
     plan = SparsePlan.build(ids, 5, backend=backend)
-    weight = torch.randn(5, 3)
+    weight = torch.randn(5, 3, device=device)
     state = init_state(weight, "adam")
     none = None
     torch.library.opcheck(
         function._apply_op,
         (
-            weight, state["exp_avg"], state["exp_avg_sq"], state["step"], plan.keys, plan.order, torch.randn(5, 3),
-            torch.ones(5, dtype=torch.int64), none, none, none, none, 0.1, 1.0, 0.1, 1e-8, 0.9, 0.999, "adam", "mba", True,
-            backend,
+            weight, state["exp_avg"], state["exp_avg_sq"], state["step"], plan.keys, plan.order,
+            torch.randn(5, 3, device=device), torch.ones(5, dtype=torch.int64, device=device), none, none, none, none,
+            0.1, 1.0, 0.1, 1e-8, 0.9, 0.999, "adam", "mba", True, backend,
         ),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_one_graph(optimizer):
-    p = problem(runs((2, 5, 1)), 3, optimizer=optimizer)
-    expected, state = p.run("torch")
+def test_one_graph(optimizer, device):
+    p = problem(runs((2, 5, 1)), 3, optimizer=optimizer, device=device)
+    expected, state = p.run(None)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(weight, ids, grad, n, state):
@@ -50,9 +50,9 @@ def test_one_graph(optimizer):
     assert all(torch.equal(kept[name], value) for name, value in state.items())
 
 
-def test_lookup_in_a_compiled_model():
-    table = MBAEmbedding(9, 4, padding_idx=0, occurrences=torch.ones(9, dtype=torch.int64))
-    ids = torch.tensor([[1, 0, 3], [3, 3, 8]])
+def test_lookup_in_a_compiled_model(device):
+    table = MBAEmbedding(9, 4, padding_idx=0, occurrences=torch.ones(9, dtype=torch.int64)).to(device)
+    ids = torch.tensor([[1, 0, 3], [3, 3, 8]], device=device)
     expected = table(ids).detach()
     found = torch.compile(lambda i: table(i) * 2, backend="aot_eager")(ids)
     torch.testing.assert_close(found, expected * 2)

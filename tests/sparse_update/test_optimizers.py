@@ -18,16 +18,22 @@ from din_kernels.optim import SparseAdagrad, SparseAdam, SparseRowwiseAdagrad, S
 ALL = [SparseSGD, SparseAdagrad, SparseRowwiseAdagrad, SparseAdam]
 
 
-def table(seed=0, rows=30, width=5, **options):
-    torch.manual_seed(seed)
-    return MBAEmbedding(rows, width, **options)
+@pytest.fixture
+def table(device):
+    """Tables where the kernels run; in float64 the torch backend serves them."""
+
+    def make(seed=0, rows=30, width=5, **options):
+        torch.manual_seed(seed)
+        return MBAEmbedding(rows, width, **options).to(device)
+
+    return make
 
 
 def loss_of(layer, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, layer.num_embeddings, (6, 4), generator=generator)
     target = torch.randn(6, 4, layer.embedding_dim, generator=generator)
-    return ((layer(ids) - target.to(layer.weight.dtype)) ** 2).sum()
+    return ((layer(ids.to(layer.weight.device)) - target.to(layer.weight)) ** 2).sum()
 
 
 def train(layer, optimizer, steps, start=0):
@@ -56,9 +62,9 @@ def train(layer, optimizer, steps, start=0):
         ),
     ],
 )
-def test_without_decay_the_numbers_are_torchs(ours, theirs, sparse):
+def test_without_decay_the_numbers_are_torchs(ours, theirs, sparse, table):
     layer = table().double()
-    rival = nn.Embedding(30, 5, sparse=sparse).double()
+    rival = nn.Embedding(30, 5, sparse=sparse).to(layer.weight)
     with torch.no_grad():
         rival.weight.copy_(layer.weight)
     torch.testing.assert_close(
@@ -69,16 +75,17 @@ def test_without_decay_the_numbers_are_torchs(ours, theirs, sparse):
     )
 
 
-def test_l2_is_the_penalty_on_the_rows_looked_up():
-    layer, plain = table().double(), nn.Embedding(30, 5).double()
+def test_l2_is_the_penalty_on_the_rows_looked_up(table):
+    layer = table().double()
+    plain = nn.Embedding(30, 5).to(layer.weight)
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
-    n = torch.randint(1, 9, (30,))
+    n = torch.randint(1, 9, (30,)).to(layer.weight.device)
     ours = SparseSGD(layer.parameters(), lr=0.1, regularizer="mba", reg_lambda=0.7, occurrences=n)
     theirs = torch.optim.SGD(plain.parameters(), lr=0.1)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
-        ids = torch.randint(0, 30, (6, 4), generator=generator)
+        ids = torch.randint(0, 30, (6, 4), generator=generator).to(layer.weight.device)
         for weight, optimizer, embed in ((layer.weight, ours, layer), (plain.weight, theirs, plain)):
             optimizer.zero_grad()
             loss = (embed(ids).sin()).sum()
@@ -91,7 +98,7 @@ def test_l2_is_the_penalty_on_the_rows_looked_up():
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_accumulated_gradients_are_one_batch(cls):
+def test_accumulated_gradients_are_one_batch(cls, table):
     options = {"lr": 0.1, "regularizer": "l2", "reg_lambda": 0.5}
     one, two = table().double(), table().double()
     optimizer = cls(one.parameters(), **options)
@@ -106,7 +113,7 @@ def test_accumulated_gradients_are_one_batch(cls):
 
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_resumed_equals_uninterrupted(cls, dtype):
+def test_saved_and_resumed_equals_uninterrupted(cls, dtype, table):
     options = {
         "lr": 0.05,
         "regularizer": "mba",
@@ -134,7 +141,7 @@ def test_saved_and_resumed_equals_uninterrupted(cls, dtype):
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_copies_and_pickles_go_on_alike(cls):
+def test_copies_and_pickles_go_on_alike(cls, table):
     layer = table()
     optimizer = cls(layer.parameters(), lr=0.1)
     train(layer, optimizer, 2)
@@ -145,7 +152,7 @@ def test_copies_and_pickles_go_on_alike(cls):
         assert torch.equal(train(made["layer"], made["optimizer"], 2, start=2), expected)
 
 
-def test_schedulers_groups_and_closures():
+def test_schedulers_groups_and_closures(table):
     a, b = table(0).double(), table(1).double()
     optimizer = SparseSGD([{"params": a.parameters()}, {"params": b.parameters(), "lr": 0.0}], lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -168,11 +175,11 @@ def test_schedulers_groups_and_closures():
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_grad_scaler_unscales_and_skips_a_bad_step_whole(cls):
+def test_grad_scaler_unscales_and_skips_a_bad_step_whole(cls, table):
     plain, scaled = table(), table()
     train(plain, cls(plain.parameters(), lr=0.1, regularizer="l2", reg_lambda=0.2), 1)
     optimizer = cls(scaled.parameters(), lr=0.1, regularizer="l2", reg_lambda=0.2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(scaled.weight.device.type, init_scale=1024.0)
     scaler.scale(loss_of(scaled, 0)).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -189,8 +196,9 @@ def test_grad_scaler_unscales_and_skips_a_bad_step_whole(cls):
     assert scaler.get_scale() == 512.0
 
 
-def test_nothing_changes_when_any_table_of_the_step_is_wrong():
-    good, bad = table(0), nn.Embedding(30, 5)  # dense gradient
+def test_nothing_changes_when_any_table_of_the_step_is_wrong(table):
+    good = table(0)
+    bad = nn.Embedding(30, 5).to(good.weight)  # dense gradient
     optimizer = SparseSGD([*good.parameters(), *bad.parameters()], lr=0.1)
     before = good.weight.detach().clone()
     (loss_of(good, 0) + loss_of(bad, 0)).backward()
@@ -200,7 +208,7 @@ def test_nothing_changes_when_any_table_of_the_step_is_wrong():
     assert not optimizer.state
 
 
-def test_an_interrupted_step_can_be_neither_saved_nor_continued(monkeypatch):
+def test_an_interrupted_step_can_be_neither_saved_nor_continued(monkeypatch, table):
     """The second of two tables fails: the first has moved on, so the pair is no state of any training."""
     a, b = table(0), table(1)
     optimizer = SparseAdam([*a.parameters(), *b.parameters()], lr=0.1)
@@ -225,7 +233,7 @@ def test_an_interrupted_step_can_be_neither_saved_nor_continued(monkeypatch):
     assert optimizer.state_dict()["state"][1]["step"] == 1
 
 
-def test_padding_of_the_module_and_of_the_group_must_agree():
+def test_padding_of_the_module_and_of_the_group_must_agree(table):
     layer = table(padding_idx=3)
     with pytest.raises(ValueError, match="contradicts"):
         SparseSGD(layer.parameters(), lr=0.1, padding_idx=4)
@@ -233,10 +241,11 @@ def test_padding_of_the_module_and_of_the_group_must_agree():
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_the_plan_of_the_forward_pass_is_used(index, monkeypatch):
+def test_the_plan_of_the_forward_pass_is_used(index, monkeypatch, table):
     layer = table(hoist_plan=True)
     optimizer = SparseSGD(layer.parameters(), lr=0.1)
-    layer(torch.tensor([[1, 2], [2, 3]], dtype=index)).backward(torch.randn(2, 2, 5))
+    ids = torch.tensor([[1, 2], [2, 3]], dtype=index, device=layer.weight.device)
+    layer(ids).backward(torch.randn(2, 2, 5, device=ids.device))
     monkeypatch.setattr(api.SparsePlan, "build", lambda *a, **k: pytest.fail("sorted again"))
     optimizer.step()
 
@@ -252,7 +261,7 @@ def test_the_plan_of_the_forward_pass_is_used(index, monkeypatch):
         ({"occurrences": torch.ones(3, dtype=torch.long)}, "occurrences"),
     ],
 )
-def test_options_that_do_not_fit_raise_at_once(options, message):
+def test_options_that_do_not_fit_raise_at_once(options, message, table):
     with pytest.raises(ValueError, match=message):
         SparseSGD(table().parameters(), **{"lr": 0.1, **options})
 
@@ -265,11 +274,13 @@ def test_mba_needs_counts():
 
 
 @pytest.mark.parametrize("how", ["from_embedding", "deepcopy", "pickle", "assigned"])
-def test_optimizers_may_be_built_before_the_first_forward(how):
+def test_optimizers_may_be_built_before_the_first_forward(how, table):
     """However a module came by its table, an optimizer finds its counts."""
     layer = table(occurrences=torch.full((30,), 4))
     made = {
-        "from_embedding": lambda: MBAEmbedding.from_embedding(nn.Embedding(30, 5), torch.full((30,), 4)),
+        "from_embedding": lambda: MBAEmbedding.from_embedding(
+            nn.Embedding(30, 5).to(layer.weight), layer.occurrences.clone()
+        ),
         "deepcopy": lambda: copy.deepcopy(layer),
         "pickle": lambda: pickle.loads(pickle.dumps(layer)),
         "assigned": lambda: copy.deepcopy(layer),
@@ -278,7 +289,7 @@ def test_optimizers_may_be_built_before_the_first_forward(how):
         made.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
     before = made.weight.detach().clone()
     optimizer = SparseSGD(made.parameters(), lr=0.5, regularizer="mba", reg_lambda=0.8)
-    (made(torch.tensor([3])) * 0).sum().backward()
+    (made(torch.tensor([3], device=before.device)) * 0).sum().backward()
     optimizer.step()
     before[3] *= 1 - 0.5 * 0.8 / 4
     torch.testing.assert_close(made.weight.detach(), before)
@@ -288,7 +299,7 @@ def test_optimizers_may_be_built_before_the_first_forward(how):
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_update_in_backward_gives_the_same_numbers_and_leaves_no_gradient(cls):
+def test_update_in_backward_gives_the_same_numbers_and_leaves_no_gradient(cls, table):
     options = {"lr": 0.1, "regularizer": "mba", "reg_lambda": 0.3}
     plain, fused = table(), table(hoist_plan=True)
     expected = train(plain, cls(plain.parameters(), **options), 4)
@@ -298,7 +309,7 @@ def test_update_in_backward_gives_the_same_numbers_and_leaves_no_gradient(cls):
     assert fused.weight.grad is None
 
 
-def test_update_in_backward_refuses_what_it_cannot_honour():
+def test_update_in_backward_refuses_what_it_cannot_honour(table):
     layer = table()
     optimizer = SparseSGD(layer.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="holds this module's weight"):
@@ -323,11 +334,13 @@ def test_update_in_backward_refuses_what_it_cannot_honour():
     train(layer, optimizer, 1)
 
 
-def test_hoisted_plan_is_used_once_and_only_for_its_ids():
+def test_hoisted_plan_is_used_once_and_only_for_its_ids(table):
     plain, hoisted = table(), table(hoist_plan=True)
     expected = train(plain, SparseAdam(plain.parameters()), 3)
     assert torch.equal(train(hoisted, SparseAdam(hoisted.parameters()), 3), expected)
-    assert hoisted._plan is None or not hoisted._plan.made_from(torch.zeros(24, dtype=torch.long))
+    assert hoisted._plan is None or not hoisted._plan.made_from(
+        torch.zeros(24, dtype=torch.long, device=hoisted.weight.device)
+    )
 
 
 def test_public_names():

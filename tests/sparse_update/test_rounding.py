@@ -66,24 +66,24 @@ def test_seeds_rows_and_columns_are_independent():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_launch_shapes_and_backends_give_the_same_bits(dtype, monkeypatch):
+def test_launch_shapes_and_backends_give_the_same_bits(dtype, monkeypatch, device):
     """Sums of these gradients are exact, so any difference would come from the rounding."""
     pytest.importorskip("triton")
-    ids = runs((1, 3, 40, 7))
-    grad = torch.randint(-64, 65, (ids.numel(), 5)).float() / 4096
-    start = (torch.randint(-100, 101, (5, 5)) / 64).to(dtype)
+    ids = runs((1, 3, 40, 7)).to(device)
+    grad = (torch.randint(-64, 65, (ids.numel(), 5)).float() / 4096).to(device)
+    start = (torch.randint(-100, 101, (5, 5)) / 64).to(device, dtype)
 
     def update(backend: str, order: torch.Tensor, seed: int | torch.Tensor = 7) -> torch.Tensor:
         table = start.clone()
         sparse_update_(table, ids[order], grad[order], lr=0.125, stochastic_rounding=True, seed=seed, backend=backend)
         return table
 
-    straight, shuffled = torch.arange(ids.numel()), torch.randperm(ids.numel())
+    straight, shuffled = torch.arange(ids.numel(), device=device), torch.randperm(ids.numel(), device=device)
     expected = update("torch", straight)
     assert not torch.equal(expected, update("torch", straight, seed=8))
     assert torch.equal(update("torch", shuffled), expected)
     assert torch.equal(update("triton", straight), expected)
-    assert torch.equal(update("triton", straight, seed=torch.tensor(7)), expected)
+    assert torch.equal(update("triton", straight, seed=torch.tensor(7, device=device)), expected)
     monkeypatch.setattr(function, "CHUNK", 8)
     assert torch.equal(update("triton", shuffled), expected)
 

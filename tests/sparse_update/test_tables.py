@@ -22,22 +22,22 @@ SIZES = (7, 1, 12)
 PADDING = (0, None, -1)
 
 
-def batch(width=4, count=20):
-    ids = [torch.randint(-1, size, (count,)) for size in SIZES]
-    return ids, torch.randn(len(SIZES), count, width)
+def batch(width=4, count=20, device="cpu"):
+    ids = [torch.randint(-1, size, (count,), device=device) for size in SIZES]
+    return ids, torch.randn(len(SIZES), count, width, device=device)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_same_bits_as_tables_apart(optimizer, backend):
-    tables = [torch.randn(size, 4) for size in SIZES]
-    counts = [torch.randint(0, 6, (size,)) for size in SIZES]
+def test_same_bits_as_tables_apart(optimizer, backend, device):
+    tables = [torch.randn(size, 4, device=device) for size in SIZES]
+    counts = [torch.randint(0, 6, (size,), device=device) for size in SIZES]
     options = {"lr": 0.1, "optimizer": optimizer, "regularizer": "mba", "reg_lambda": 0.5, "backend": backend}
     apart = [table.clone() for table in tables]
     states = [init_state(table, optimizer) for table in apart]
     group = TableGroup(tables, occurrences=counts, padding_idx=PADDING)
     state = init_state(group.weight, optimizer)
     for _ in range(2):
-        ids, grad = batch()
+        ids, grad = batch(device=device)
         for i, table in enumerate(apart):
             sparse_update_(
                 table,
@@ -64,26 +64,26 @@ def test_one_sort_and_one_launch():
     assert monitor.kernels() == ["make_keys", "update_chunks"]
 
 
-def test_gradient_of_concatenated_rows_needs_no_copy(backend):
+def test_gradient_of_concatenated_rows_needs_no_copy(backend, device):
     """Behaviours as [item ; category]: the gradient [N, 2·D] is seen as [2·N, D]."""
-    items, categories = torch.zeros(6, 3), torch.zeros(4, 3)
+    items, categories = torch.zeros(6, 3, device=device), torch.zeros(4, 3, device=device)
     group = TableGroup([items, categories])
-    grad = torch.randn(5, 6)
-    ids = [torch.tensor([0, 5, 0, 2, 1]), torch.tensor([3, 3, 0, 1, 1])]
+    grad = torch.randn(5, 6, device=device)
+    ids = [torch.tensor([0, 5, 0, 2, 1], device=device), torch.tensor([3, 3, 0, 1, 1], device=device)]
     group.update_(group.row_ids(ids, dim=-1), grad.view(10, 3), lr=1.0, backend=backend)
-    torch.testing.assert_close(items, torch.zeros(6, 3).index_add(0, ids[0], -grad[:, :3]))
-    torch.testing.assert_close(categories, torch.zeros(4, 3).index_add(0, ids[1], -grad[:, 3:]))
+    torch.testing.assert_close(items, torch.zeros_like(items).index_add(0, ids[0], -grad[:, :3]))
+    torch.testing.assert_close(categories, torch.zeros_like(categories).index_add(0, ids[1], -grad[:, 3:]))
 
 
-def test_modules_keep_their_parameters():
-    layers = [nn.Embedding(size, 4, sparse=True) for size in SIZES]
+def test_modules_keep_their_parameters(device):
+    layers = [nn.Embedding(size, 4, sparse=True, device=device) for size in SIZES]
     parameters = [layer.weight for layer in layers]
     before = [parameter.detach().clone() for parameter in parameters]
     group = TableGroup(parameters)
     assert all(layer.weight is parameter for layer, parameter in zip(layers, parameters, strict=True))
     assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
-    loss = layers[0](torch.tensor([1, 2])).square().sum()
-    ids, grad = batch()
+    loss = layers[0](torch.tensor([1, 2], device=device)).square().sum()
+    ids, grad = batch(device=device)
     group.update_(group.row_ids(ids), grad.reshape(-1, 4), lr=0.1)
     assert not torch.equal(layers[0].weight, before[0])
     # The version counter moved, so a graph recorded with the old rows cannot go on unseen with the new ones.

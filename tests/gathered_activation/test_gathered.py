@@ -92,7 +92,7 @@ class Problem:
         return pooled, attention, of_keys, of_query, grads, unit
 
 
-def make(spec: Spec, seed: int = 0) -> Problem:
+def make(spec: Spec, device: torch.device | str = "cpu", *, seed: int = 0) -> Problem:
     torch.manual_seed(seed)
     dim, batch, total = spec.item_dim + spec.category_dim, len(spec.lengths), sum(spec.lengths)
     unit = LocalActivationUnit(dim, spec.hidden, spec.activation, spec.interaction, spec.softmax).double().eval()
@@ -113,9 +113,10 @@ def make(spec: Spec, seed: int = 0) -> Problem:
     if spec.dtype != torch.float64:  # the reference computes with the values that the operation is given
         unit = unit.to(spec.dtype).double()
     weights = (total, spec.candidates) if spec.candidates else (total,)
+    arguments = {name: value.to(device) for name, value in arguments.items()}
     return Problem(
-        spec, unit, arguments, offsets_of(spec.lengths, dtype=spec.index_dtype),
-        torch.randn(*queries, dim).to(spec.dtype).double(), torch.randn(weights).to(spec.dtype).double(),
+        spec, unit.to(device), arguments, offsets_of(spec.lengths, dtype=spec.index_dtype).to(device),
+        torch.randn(*queries, dim).to(device, spec.dtype).double(), torch.randn(weights).to(device, spec.dtype).double(),
     )  # fmt: skip
 
 
@@ -169,13 +170,13 @@ def check(problem: Problem, backend: str) -> None:
     ],
     ids=str,
 )
-def test_parity(spec: Spec, backend: str) -> None:
-    check(make(spec), backend)
+def test_parity(spec: Spec, backend: str, device: torch.device) -> None:
+    check(make(spec, device), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype: torch.dtype) -> None:
-    check(make(Spec(dtype=dtype, activation="sigmoid", lengths=(3, 9))), "triton")
+def test_low_precision(dtype: torch.dtype, device: torch.device) -> None:
+    check(make(Spec(dtype=dtype, activation="sigmoid", lengths=(3, 9)), device), "triton")
 
 
 def test_float64_on_the_torch_backend() -> None:
@@ -200,7 +201,7 @@ def test_gradients_as_the_sparse_optimizer_takes_them() -> None:
     torch.testing.assert_close(table.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_keys_are_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_never_written(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """On the Triton backend no tensor of the keys' size is made in forward: the stand-in has one element of memory."""
     made: list[Tensor] = []
     shape_only = function._shape_only
@@ -214,7 +215,7 @@ def test_keys_are_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(function, "_shape_only", note)
     gather = function.rows_of
-    problem = make(Spec(candidates=2))
+    problem = make(Spec(candidates=2), device)
     queries = problem.arguments["query_item"].numel()
     monkeypatch.setattr(
         function, "rows_of", lambda a, b, ids, more: gather(a, b, ids, more) if ids.numel() == queries else refuse()

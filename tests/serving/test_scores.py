@@ -49,28 +49,30 @@ def test_fused_model_is_scored_as_its_unfused_twin() -> None:
 
 
 @pytest.mark.parametrize("softmax", [False, True])
-def test_triton_backend_in_padded_buckets(softmax: bool) -> None:
+def test_triton_backend_in_padded_buckets(softmax: bool, device: torch.device) -> None:
     model = make_model(softmax=softmax)
     pairs = [make_request(t, c, seed=i) for i, (t, c) in enumerate([(5, 3), (0, 2), (18, 7)])]
-    scorer = Scorer(model, 20, 10, backend="triton", max_visitors=2)
+    scorer = Scorer(copy.deepcopy(model).to(device), 20, 10, backend="triton", max_visitors=2)
     for actual, expected in zip(scorer.score_many(pairs), expected_scores(model, pairs), strict=True):
         check(actual, expected)
 
 
-def test_unit_in_bfloat16_on_the_triton_backend() -> None:
+def test_unit_in_bfloat16_on_the_triton_backend(device: torch.device) -> None:
     """Rows, weights and pooled behaviours rounded to bfloat16: three roundings between tables and logits."""
     model = make_model(activation="sigmoid")
     pairs = [make_request(12, 9)]
-    actual = Scorer(model, 20, 10, backend="triton", dtype=torch.bfloat16).score(*pairs[0])
+    scorer = Scorer(copy.deepcopy(model).to(device), 20, 10, backend="triton", dtype=torch.bfloat16)
+    actual = scorer.score(*pairs[0])
     found = compare(actual, expected_scores(model, pairs)[0], tolerance(torch.bfloat16, length=12, stages=3))
     assert found.ok, str(found)
     assert found.rms_ratio > 1e-5  # or it was not bfloat16 at all
 
 
-def test_padded_network_with_prelu_and_cross() -> None:
+def test_padded_network_with_prelu_and_cross(device: torch.device) -> None:
     model = make_model(activation="prelu", cross=True, interaction="product")
     pairs = [make_request(5, 3)]
-    check(Scorer(model, 8, 4, backend="triton").score(*pairs[0]), expected_scores(model, pairs)[0])
+    scorer = Scorer(copy.deepcopy(model).to(device), 8, 4, backend="triton")
+    check(scorer.score(*pairs[0]), expected_scores(model, pairs)[0])
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

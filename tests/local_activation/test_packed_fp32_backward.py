@@ -153,6 +153,9 @@ def test_dispatch(device, monkeypatch):
     config = UnitConfig("product", "sigmoid", 64, (36,))
     assert packed_fp32_backward.fits(config, 80)
     assert not packed_fp32_backward.fits(config, 75)
+    for dim, on_80, on_90 in ((9, True, True), (18, True, True), (33, False, False), (50, False, True)):
+        config = UnitConfig("product", "sigmoid", dim, (36,))
+        assert (packed_fp32_backward.fits(config, 80), packed_fp32_backward.fits(config, 90)) == (on_80, on_90)
 
 
 def test_lengths_never_recompile(monkeypatch):

@@ -23,7 +23,11 @@ SUM_OPTIONS: dict[str, int] = {"num_warps": 4, "num_stages": 2, "maxnreg": 255, 
 
 def fits(config: UnitConfig, capability: int) -> bool:
     """Whether the kernels keep within the registers (``shipped_packed_fp32.compile_cases`` holds them to it)."""
-    if capability < 80 or config.embedding_dim > 64 or max(config.hidden_units) > 64:
+    dim = config.embedding_dim
+    if capability < 80 or dim > 64 or max(config.hidden_units) > 64:
+        return False
+    # Rows that do not begin at multiples of 16 bytes take more addresses.
+    if dim > 16 and dim % (4 if dim > 32 and capability < 90 else 2):
         return False
     channels = sum(map(next_power_of_two, config.hidden_units))
     if config.activation in ("dice", "prelu"):
@@ -58,15 +62,16 @@ def constants(config: UnitConfig) -> dict[str, Any]:
 def input_columns(dim: int, capability: int) -> int:
     """Columns of the embedding to a program of ``backward_inputs_fp32``. Before sm_90 operands of products wait in
     registers."""
-    return min(64 if capability >= 90 else 32, next_power_of_two(dim))
+    return min(64 if capability >= 90 and dim % 4 == 0 else 32, next_power_of_two(dim))
 
 
-def sum_constants(config: UnitConfig) -> dict[str, int]:
+def sum_constants(config: UnitConfig, capability: int) -> dict[str, int]:
     """Block of ``first_layer_sums_fp32``: no fewer than 64 channels, the rows of sm_90's wide products."""
+    dim = config.embedding_dim
+    columns = 32 if capability >= 90 or dim % 4 == 0 else 16
     return {
-        "A1": max(64, next_power_of_two(config.hidden_units[0])),
-        "BLOCK_D": min(32, next_power_of_two(config.embedding_dim)),
-    }
+        "A1": max(64, next_power_of_two(config.hidden_units[0])), "BLOCK_D": min(columns, next_power_of_two(dim)),
+    }  # fmt: skip
 
 
 def batches(tiles: int, row_bytes: int, programs: int) -> list[tuple[int, int]]:
@@ -143,8 +148,9 @@ def backward(
                     operands |= {"first_tile": first_tile, "end_tile": end_tile}
                     scores(GATHER=layer, vectors=gathered)
                 torch.mul(gathered.sum(0), inv_count, out=sums[before : before + size])
-        of_inputs = {**operands, "BLOCK_D": input_columns(dim, capability_of(device))}
-        of_first = {**operands, "totals": first_sums, **sum_constants(config)}
+        capability = capability_of(device)
+        of_inputs = {**operands, "BLOCK_D": input_columns(dim, capability)}
+        of_first = {**operands, "totals": first_sums, **sum_constants(config, capability)}
         of_second = {**operands, "totals": second_sums, "vectors": second_vectors}
         for first_tile, end_tile in parts:
             for values in (operands, of_inputs, of_first, of_second):

@@ -21,6 +21,7 @@ _SHAPES: tuple[tuple[str, int, tuple[int, ...], bool, str], ...] = (
     ("prelu", 64, (64,), True, "ieee"),
     ("sigmoid", 64, (36,), False, "ieee"),
     ("relu", 18, (20,), True, "ieee"),
+    ("dice", 50, (36,), True, "ieee"),
     ("dice", 64, (64, 16), True, "ieee"),
     ("dice", 64, (32, 32), True, "ieee"),
     ("sigmoid", 64, (64, 16), False, "tf32"),
@@ -63,7 +64,7 @@ def cases_of(config: UnitConfig, capability: int) -> Iterator[CompileCase]:
 
     rows, sums = packed_fp32_backward.ROW_OPTIONS, packed_fp32_backward.SUM_OPTIONS
     columns = {"BLOCK_D": packed_fp32_backward.input_columns(config.embedding_dim, capability)}
-    of_sums = packed_fp32_backward.sum_constants(config)
+    of_sums = packed_fp32_backward.sum_constants(config, capability)
     launches: list[tuple[str, Any, dict[str, Any], dict[str, int]]] = [
         ("first-layer", kernels.backward_first_layer_fp32, {}, rows),
         ("scores", kernels.backward_scores_fp32, {}, rows),

@@ -73,6 +73,14 @@ def test_common_shapes(device, poison_scratch, spec):
     check_gradients(case, run_backward(case))
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "prelu"])
+def test_older_gpus(device, poison_scratch, monkeypatch, activation):
+    """Biases by copies into the accumulators instead of products."""
+    monkeypatch.setattr(packed, "capability_of", lambda device: 80)
+    case = make_case(Spec((9, 60), 20, (20, 40), activation=activation, dtype=torch.bfloat16), device)
+    check_gradients(case, run_backward(case))
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "dice"])
 def test_softmax(device, poison_scratch, activation):
     """Without a gradient of the weights; the same as the universal kernels give, which are checked elsewhere."""

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import din_kernels
 from din_kernels.ops.local_activation import packed, triton_impl
 from din_kernels.testing import jagged_lengths, widths
 from tests.support.memory_monitor import memory_monitor
@@ -68,6 +69,28 @@ def test_common_shapes(device, poison_scratch, spec):
     """Widths in two blocks, the embedding too; no blocks that pad 80 to 128."""
     case = make_case(spec, device)
     check_outputs(case, run_forward(case))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "dice"])
+def test_older_gpus(device, poison_scratch, monkeypatch, activation):
+    """Biases by copies into the accumulators instead of products."""
+    monkeypatch.setattr(packed, "capability_of", lambda device: 80)
+    case = make_case(Spec((9, 60), 20, (20, 40), activation=activation, dtype=torch.bfloat16), device)
+    check_outputs(case, run_forward(case))
+
+
+def test_biases_keep_their_precision(device):
+    """Of a bias of 16 bits, multiplied by log₂ e, one term of 16 bits would be wrong by 2 % of the sigmoid here."""
+    unit = din_kernels.LocalActivationUnit(16, (16,), "sigmoid", "product", backend="triton")
+    unit = unit.to(device, torch.bfloat16)
+    with torch.no_grad():
+        unit.linears[0].bias.fill_(-8.25)
+        unit.linears[1].weight.fill_(1.0)
+        unit.linears[1].bias.zero_()
+        rows = torch.zeros(5, 16, dtype=torch.bfloat16, device=device)
+        _, weights = unit(rows[:1], rows, offsets=torch.tensor([0, 5], device=device), return_weights=True)
+    expected = torch.full((5,), 16 * torch.sigmoid(torch.tensor(-8.25)).item(), device=device)
+    torch.testing.assert_close(weights.float().flatten(), expected, rtol=4e-3, atol=0)
 
 
 BORDERS = {

@@ -42,6 +42,16 @@ _SHORT: tuple[tuple[str, int, tuple[int, ...]], ...] = (
     ("product", 128, (36,)),
     ("product", 128, (32, 16)),
 )
+# The same in tf32: (interaction, activation, hidden widths), D = 64 and softmax.
+_TF32: tuple[tuple[str, str, tuple[int, ...]], ...] = (
+    ("outer", "dice", (36,)),
+    ("outer", "sigmoid", (80, 40)),
+    ("outer", "prelu", (64,)),
+    ("product", "dice", (36,)),
+    ("product", "dice", (64,)),
+    ("product", "dice", (48, 16)),
+    ("product", "prelu", (32, 32)),
+)
 # (interaction, D, hidden widths, layer)
 _STATISTICS: tuple[tuple[str, int, tuple[int, ...], int], ...] = (
     ("outer", 64, (36,), 0),
@@ -142,10 +152,14 @@ def compile_cases() -> Iterator[CompileCase]:
         config = UnitConfig(interaction, "dice", dim, widths)
         fits = partial(tiled.fits_statistics, config, torch.bfloat16, layer=layer)
         yield from cases(f"statistics{layer}", kernels.statistics_tiled, config, {"LAYER": layer}, fits)
-    for activation, widths in (("dice", (36,)), ("sigmoid", (80, 40))):
-        config = UnitConfig("outer", activation, 64, widths, softmax=True, precision="tf32")
+    for interaction, activation, widths in _TF32:
+        config = UnitConfig(interaction, activation, 64, widths, softmax=True, precision="tf32")
         fits = partial(tiled.fits, config, torch.float32)
         yield from cases("forward", kernels.forward_tiled, config, {}, fits, torch.float32)
-        if config.uses_dice:
+        attention = partial(tiled.fits, config, torch.float32, attention=True)
+        yield from cases(
+            "forward-attention", kernels.forward_tiled, config, {"HAS_ATTENTION": True}, attention, torch.float32
+        )
+        if config.uses_dice and len(widths) == 1:
             fits = partial(tiled.fits_statistics, config, torch.float32, layer=0)
             yield from cases("statistics0", kernels.statistics_tiled, config, {"LAYER": 0}, fits, torch.float32)

@@ -105,7 +105,7 @@ def launch_options(config: UnitConfig, dtype: torch.dtype, form: Form, *, statis
     processor if told not to."""
     options: dict[str, int] = {"num_warps": form.num_warps, "num_stages": 2, **FUSED}
     narrow = dtype != torch.float32 and config.embedding_dim <= 64 and sum(_channels(config)) <= 48
-    if torch.version.hip is None and (statistics or form == SHORT):
+    if torch.version.hip is None and (statistics or form == SHORT or (form.tall and dtype == torch.float32)):
         options["maxnreg"] = 255
     elif form.tall and narrow:
         options["maxnreg"] = 168
@@ -127,7 +127,7 @@ def fits(
     if config.precision != "tf32" or long:
         return False
     if capability < 90:
-        return channels <= 64 and not masked
+        return channels <= 64 and not masked and not (dice and _channels(config)[0] > 48)
     return channels <= (128 if config.activation in ("sigmoid", "relu") and not masked else 64)
 
 

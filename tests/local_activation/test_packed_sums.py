@@ -231,8 +231,9 @@ WRONG_NUMBERS = [
     ("ds = ds - tl.load(delta + q, mask=live, other=0.0)", "ds = ds", "grad"),
     ("terms[None, :], 0.0), axis=1)", "terms[None, :], 0.0), axis=1) * 0.0", "grad"),
     ("tl.where(segment >= begins, 1, 0), its_sums", "0 * segment, its_sums", "grad"),
-    ("cross = count * share", "cross = share", "m2"),
-    ("total = count + live.to(tl.float32)", "total = count + 1.0", None),
+    ("share, count * share", "share, share", "m2"),
+    ("total = count + live", "total = count + 1.0", None),
+    ("z0, z1 = halves(z)", "z1, z0 = halves(z)", "m"),
 ]
 
 

@@ -33,7 +33,6 @@ from .kernels_packed_common import (
     tile_borders,
 )
 from .kernels_packed_forward import add_first_layer
-from .kernels_tiled_forward import add_rows
 
 
 @triton.jit
@@ -255,12 +254,42 @@ def backward_sums(
 
 
 @triton.jit
+def halves(x):
+    """Rows of x [TILE, n] as two sets of places [TILE / 16, 8, n], divided as in ``fold``."""
+    return tl.split(tl.permute(tl.reshape(x, [TILE // 16, 2, 8, x.shape[1]]), (0, 2, 3, 1)))
+
+
+@triton.jit
+def add_places(mean, m2, z, share, cross):
+    """(mean, Σ(z − mean)²) of each place with one row more; ``share`` = 1/n and ``cross`` = (n − 1)/n, 0 where a slot is not
+    live: z is finite there."""
+    delta = z - mean
+    return mean + delta * share[:, :, None], m2 + delta * (delta * cross[:, :, None])
+
+
+@triton.jit
+def add_tile(mean, m2, z, share0, cross0, share1, cross1):
+    z0, z1 = halves(z)
+    mean, m2 = add_places(mean, m2, z0, share0, cross0)
+    return add_places(mean, m2, z1, share1, cross1)
+
+
+@triton.jit
+def count_in(count, live, FAST: tl.constexpr):
+    """(count of each place with one slot more, share, cross)."""
+    total = count + live
+    share = live * reciprocal(tl.maximum(total, 1.0), FAST)
+    return total, share, count * share
+
+
+@triton.jit
 def store_packed_moments(means, m2s, mean, m2, count, share, bias, n, H: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Merge the places; ``bias`` of the layer was left out of z."""
-    merged = tl.sum(mean * share[:, None], axis=0)
-    delta = mean - merged[None, :]
+    merged = tl.sum(tl.sum(mean * share[:, :, None], axis=0), axis=0)
+    delta = mean - merged[None, None, :]
     tl.store(means + n, merged + load_vector(bias, n, H, HAS_BIAS), mask=n < H)
-    tl.store(m2s + n, tl.sum(m2 + delta * (delta * count[:, None]), axis=0), mask=n < H)
+    m2 = tl.sum(tl.sum(m2 + delta * (delta * count[:, :, None]), axis=0), axis=0)
+    tl.store(m2s + n, m2, mask=n < H)
 
 
 @triton.jit(do_not_specialize=["queries"])
@@ -273,8 +302,8 @@ def statistics_packed(
 ):  # fmt: skip
     """Moments of z of hidden layer LAYER over each program's tiles: ``counts`` [P] int64, ``means`` and ``m2s`` [P, H].
 
-    As in ``statistics_tiled``, each place of a tile keeps the count, mean and Σ(z − mean)² of the rows it has seen (Welford),
-    and Chan's formula merges places, then programs: Σz² − (Σz)²/n would cancel."""
+    As in ``statistics_tiled``, each place of half a tile keeps the count, mean and Σ(z − mean)² of the rows it has seen
+    (Welford), and Chan's formula merges places, then programs: Σz² − (Σz)²/n would cancel."""
     dtype: tl.constexpr = keys.dtype.element_ty
     TWO: tl.constexpr = LAYER == 1
     H: tl.constexpr = H2 if TWO else H1
@@ -303,10 +332,10 @@ def statistics_packed(
     b1_r = keep_bias(bias1, n_r, H1, BIASED, DICE, WGMMA, dtype)
 
     lane = tl.arange(0, TILE)
-    count = tl.zeros([TILE], tl.float32)
-    mean_a, m2_a = tl.zeros([TILE, A], tl.float32), tl.zeros([TILE, A], tl.float32)
+    count = tl.zeros([TILE // 16, 8], tl.float32)
+    mean_a, m2_a = tl.zeros([TILE // 16, 8, A], tl.float32), tl.zeros([TILE // 16, 8, A], tl.float32)
     if R > 0:
-        mean_r, m2_r = tl.zeros([TILE, R], tl.float32), tl.zeros([TILE, R], tl.float32)
+        mean_r, m2_r = tl.zeros([TILE // 16, 8, R], tl.float32), tl.zeros([TILE // 16, 8, R], tl.float32)
     end_tile = (tl.load(first_slot + queries) + TILE - 1) // TILE
     for tile in tl.range(tl.program_id(0), end_tile, tl.num_programs(0)):
         slot = tile * TILE + lane
@@ -331,14 +360,13 @@ def statistics_packed(
             z_a = second_layer(tl.zeros([TILE, A], tl.float32), h_a, h_r, w2_aa, w2_ra, R1, PRECISION)
             if R2 > 0:
                 z_r = second_layer(tl.zeros([TILE, R], tl.float32), h_a, h_r, w2_ar, w2_rr, R1, PRECISION)
-        total = count + live.to(tl.float32)
-        share = live.to(tl.float32) * reciprocal(tl.maximum(total, 1.0), FAST)
-        cross = count * share
-        count = total
-        mean_a, m2_a = add_rows(mean_a, m2_a, z_a, live, share, cross, False)
+        live0, live1 = tl.split(tl.permute(tl.reshape(live.to(tl.float32), [TILE // 16, 2, 8]), (0, 2, 1)))
+        count, share0, cross0 = count_in(count, live0, FAST)
+        count, share1, cross1 = count_in(count, live1, FAST)
+        mean_a, m2_a = add_tile(mean_a, m2_a, z_a, share0, cross0, share1, cross1)
         if R > 0:
-            mean_r, m2_r = add_rows(mean_r, m2_r, z_r, live, share, cross, False)
-    seen = tl.sum(count.to(tl.int32), axis=0)
+            mean_r, m2_r = add_tile(mean_r, m2_r, z_r, share0, cross0, share1, cross1)
+    seen = tl.sum(tl.sum(count.to(tl.int32), axis=0), axis=0)
     tl.store(counts + tl.program_id(0), seen.to(tl.int64))
     means += tl.program_id(0) * H
     m2s += tl.program_id(0) * H

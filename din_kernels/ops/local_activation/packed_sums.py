@@ -30,14 +30,17 @@ def statistics_options(config: UnitConfig) -> dict[str, int]:
 
 
 def fits_statistics(config: UnitConfig, dtype: torch.dtype, capability: int, layer: int) -> bool:
-    """As ``packed.fits``, for the statistics of ``layer``: moments take two registers a channel and row besides."""
-    first, second = _channels(config)
-    if dtype == torch.float32 or config.embedding_dim > 128:
+    """As ``packed.fits``, for the statistics of ``layer``: moments take a register a channel and row besides, but the weights
+    of the layers above none."""
+    widths, (first, second) = widths_of(config), _channels(config)
+    if dtype == torch.float32 or config.embedding_dim > 128 or first + layer * second > 128:
         return False
-    if capability in (86, 89) and config.embedding_dim > 64:
-        return False
-    most = 64 if config.embedding_dim > 64 else 80 if capability < 90 else 96
-    return first + layer * second <= most
+    older = capability < 90
+    if layer == 0:
+        return first <= 96 or not older
+    if config.embedding_dim <= 64 and not older:
+        return True
+    return first <= 64 and first + second <= (112 if older else 96 if widths.r1 else 128)
 
 
 def serves_statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> bool:

@@ -148,7 +148,15 @@ _PACKED: tuple[tuple[str, int, tuple[int, ...], bool], ...] = (
     ("dice", 64, (80, 40), False),
 )
 # Dice in training, what needs all rows first: (D, hidden widths), of sums with softmax or without.
-_PACKED_STATISTICS = ((36, (36,)), (64, (36,)), (64, (64, 16)), (64, (32, 32)), (128, (36,)))
+_PACKED_STATISTICS = (
+    (36, (36,)),
+    (64, (36,)),
+    (64, (80, 40)),
+    (64, (64, 32)),
+    (128, (36, 36)),
+    (128, (80, 40)),
+    (128, (64, 64)),
+)
 _PACKED_SUMS = (
     (36, (36,), False),
     (64, (36,), False),

@@ -88,18 +88,25 @@ def through_activation(dh, z, h, live, alpha, mean, rstd, sums, n, H: tl.constex
 
 
 @triton.jit
+def row_pairs(x):
+    """[TILE / 2, n]: sums of the two rows, eight apart, that one thread has of a product, which takes half the registers."""
+    pairs = tl.sum(tl.reshape(x, [TILE // 16, 2, 8, x.shape[1]]), axis=1)
+    return tl.reshape(pairs, [TILE // 2, x.shape[1]])
+
+
+@triton.jit
 def from_score(ds, t, y, out, total, live, alpha, mean, rstd, sums, n, H: tl.constexpr, ACT: tl.constexpr,
                BATCH_STATISTICS: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """(dz of the top layer, total + ds · t, terms of α's gradient or dz again where there is no α)."""
+    """(dz of the top layer, total + ``row_pairs`` of ds · t, terms of α's gradient or dz again where there is no α)."""
     of_out = t * ds[:, None]
     if ACT == SIGMOID:
         dh_h = of_out * out[None, :]
         dz = dh_h - dh_h * t
-        return dz, total + of_out, dz
+        return dz, total + row_pairs(of_out), dz
     else:
         dz, of_alpha = through_activation(ds[:, None] * out[None, :], y, t, live, alpha, mean, rstd, sums, n, H, ACT,
                                           BATCH_STATISTICS, FAST)  # fmt: skip
-        return dz, total + of_out, of_alpha
+        return dz, total + row_pairs(of_out), of_alpha
 
 
 @triton.jit
@@ -141,7 +148,7 @@ def backward_scores(
     """Tiles first_tile … end_tile − 1, each program every P-th. ``attention`` [·], ``dz1``, ``h1`` [·, A1 + R1] and
     ``dz2`` [·, A2 + R2] begin with the slots of first_tile. A program's row of ``vectors``, zero at first and added to:
     [Σ ds · h_top, Σ ds, α1, α2], of widths [H_top, 1, H1 and H2 with PReLU and Dice]. WGMMA: see ``begin_layer``. HOIST:
-    registers suffice to keep the output layer's weights."""
+    narrow layers, which leave registers to keep the output layer's weights in; so does a narrow embedding."""
     dtype: tl.constexpr = keys.dtype.element_ty
     OUT_BIAS: tl.constexpr = 4 if H2 > 0 else 2
     TOP: tl.constexpr = H2 if H2 > 0 else H1
@@ -149,6 +156,7 @@ def backward_scores(
     W1: tl.constexpr = A1 + R1
     W2: tl.constexpr = A2 + R2
     AT_ALPHA: tl.constexpr = TOP + 1
+    KEEP: tl.constexpr = HOIST or (RD == 0)
     d_a = tl.arange(0, AD)
     d_r = AD + tl.arange(0, RD if RD > 0 else 16)
     n_a = tl.arange(0, A1)
@@ -195,16 +203,16 @@ def backward_scores(
     lane = tl.arange(0, TILE)
     segment = tl.arange(0, SEGMENTS)
     # Summed over rows only at the end.
-    out_total_a = tl.zeros([TILE, top_a.shape[0]], tl.float32)
-    out_total_r = tl.zeros([TILE, top_r.shape[0]], tl.float32)
-    alpha_top_a = tl.zeros([TILE, top_a.shape[0]], tl.float32)
-    alpha_top_r = tl.zeros([TILE, top_r.shape[0]], tl.float32)
+    out_total_a = tl.zeros([TILE // 2, top_a.shape[0]], tl.float32)
+    out_total_r = tl.zeros([TILE // 2, top_r.shape[0]], tl.float32)
+    alpha_top_a = tl.zeros([TILE // 2, top_a.shape[0]], tl.float32)
+    alpha_top_r = tl.zeros([TILE // 2, top_r.shape[0]], tl.float32)
     alpha, mean, rstd, sums = alpha1, mean1, rstd1, sums1  # of the top layer
     if H2 > 0:
-        alpha_low_a = tl.zeros([TILE, A1], tl.float32)
-        alpha_low_r = tl.zeros([TILE, n_r.shape[0]], tl.float32)
+        alpha_low_a = tl.zeros([TILE // 2, A1], tl.float32)
+        alpha_low_r = tl.zeros([TILE // 2, n_r.shape[0]], tl.float32)
         alpha, mean, rstd, sums = alpha2, mean2, rstd2, sums2
-    if HOIST:
+    if KEEP:
         out_a = load_vector(weight_out, top_a, TOP, True)
         out_r = load_vector(weight_out, top_r, TOP, True)
     ds_total = tl.zeros([TILE], tl.float32)
@@ -274,7 +282,7 @@ def backward_scores(
                     y_r = tl.dot(h_r, w2_rr, y_r, input_precision=PRECISION)
                 c0, c1, c2 = load_activation(alpha2, mean2, rstd2, m_r, H2, ACT)
                 t_r = activate(y_r, c0, c1, c2, ACT, FAST)
-        if not HOIST:
+        if not KEEP:
             out_a = load_vector(weight_out, top_a, TOP, True)
             out_r = load_vector(weight_out, top_r, TOP, True)
         a = tl.sum(t_a * out_a[None, :], axis=1) + out_bias
@@ -295,21 +303,21 @@ def backward_scores(
 
         # Down through the layers.
         top_ds = ds * unscale(ACT) if H2 > 0 else ds
-        if not HOIST:  # loaded a second time, which costs less than to keep it
+        if not KEEP:  # loaded a second time, which costs less than to keep it
             out_a = load_vector(weight_out, top_a, TOP, True)
             out_r = load_vector(weight_out, top_r, TOP, True)
         dy_a, out_total_a, of_alpha = from_score(top_ds, t_a, y_a, out_a, out_total_a, live, alpha, mean, rstd, sums,
                                                  top_a, TOP, ACT, BATCH_STATISTICS, FAST)  # fmt: skip
         dy_a = dy_a.to(dtype)
         if HAS_ALPHA:
-            alpha_top_a += of_alpha
+            alpha_top_a += row_pairs(of_alpha)
         dy_r = dy_a
         if TOP_R > 0:
             dy_r, out_total_r, of_alpha = from_score(top_ds, t_r, y_r, out_r, out_total_r, live, alpha, mean, rstd, sums,
                                                      top_r, TOP, ACT, BATCH_STATISTICS, FAST)  # fmt: skip
             dy_r = dy_r.to(dtype)
             if HAS_ALPHA:
-                alpha_top_r += of_alpha
+                alpha_top_r += row_pairs(of_alpha)
         dz_a, dz_r = dy_a, dy_r
         if H2 > 0:
             tl.store(dz2 + here * W2 + m_a[None, :], dy_a)
@@ -325,13 +333,13 @@ def backward_scores(
                                                 BATCH_STATISTICS, FAST)  # fmt: skip
             dz_a = dz_a.to(dtype)
             if HAS_ALPHA:
-                alpha_low_a += of_alpha
+                alpha_low_a += row_pairs(of_alpha)
             if R1 > 0:
                 dz_r, of_alpha = through_activation(dh_r1, z_r, h_r, live, alpha1, mean1, rstd1, sums1, n_r, H1, ACT,
                                                     BATCH_STATISTICS, FAST)  # fmt: skip
                 dz_r = dz_r.to(dtype)
                 if HAS_ALPHA:
-                    alpha_low_r += of_alpha
+                    alpha_low_r += row_pairs(of_alpha)
         at = (slot - first_tile * TILE)[:, None] * W1
         tl.store(dz1 + at + n_a[None, :], dz_a)
         if R1 > 0:

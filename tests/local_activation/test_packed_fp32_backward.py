@@ -70,16 +70,19 @@ def test_common_shapes(device, poison_scratch, spec):
     check_gradients(case, run_backward(case))
 
 
+@pytest.mark.parametrize("through_weights", [False, True])
 @pytest.mark.parametrize("activation", ["sigmoid", "dice"])
-def test_softmax(device, poison_scratch, activation):
-    """Without a gradient of the weights; the same as the universal kernels give, which are checked elsewhere."""
+def test_softmax(device, poison_scratch, activation, through_weights):
+    """The same as the universal kernels give, which are checked elsewhere."""
     spec = Spec((7, 0, 90, 1), 16, (20,), activation=activation, softmax=True, scale=2.0, training=activation == "dice")
     case = make_case(spec, device)
-    saved = universal.forward(case.config, case.tensors, return_weights=False)
-    arguments = (case.config, case.tensors, saved, case.grad_pooled, None, case.inv_count)
-    for one, other in zip(
-        *(flat(path.backward(*arguments)) for path in (packed_fp32_backward, universal_backward)), strict=True
-    ):
+    saved = universal.forward(case.config, case.tensors, return_weights=True)
+    arguments = (saved, case.grad_pooled, case.grad_weights if through_weights else None, case.inv_count)
+    found, expected = (
+        flat(path.backward(case.config, case.tensors, *arguments))
+        for path in (packed_fp32_backward, universal_backward)
+    )
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
 
 
@@ -140,6 +143,7 @@ def test_dispatch(device, monkeypatch):
         (served, "packed"),
         (dataclasses.replace(served, precision="tf32"), "packed"),
         (dataclasses.replace(served, hidden=(64, 16), activation="dice"), "packed"),
+        (dataclasses.replace(served, softmax=True), "packed"),
         (dataclasses.replace(served, hidden=(80,)), "universal"),
         (dataclasses.replace(served, hidden=(64, 64), activation="dice"), "universal"),
         (dataclasses.replace(served, dim=128), "universal"),

@@ -12,6 +12,7 @@ from .factorise import first_layer
 from .packed import TILE, Packed, describes, finish_lists, fp32_constants, next_power_of_two
 from .packed_backward import BETWEEN_BYTES
 from .packed_collect import collect, vector_sizes, zeroed
+from .packed_sums import softmax_delta
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import capability_of, num_programs
 
@@ -35,9 +36,9 @@ def fits(config: UnitConfig, capability: int) -> bool:
     return channels <= 96 or config.precision == "tf32"
 
 
-def serves_backward(config: UnitConfig, tensors: UnitTensors, grad_weights: Tensor | None) -> bool:
+def serves_backward(config: UnitConfig, tensors: UnitTensors) -> bool:
     """As ``packed_backward.serves_backward``, for fp32."""
-    if tensors.keys.dtype != torch.float32 or config.candidates > 1 or (config.softmax and grad_weights is not None):
+    if tensors.keys.dtype != torch.float32 or config.candidates > 1:
         return False
     if torch.version.hip is not None or not describes(config, tensors):
         return False
@@ -96,7 +97,7 @@ def backward(
     keys, dim, widths = tensors.keys, config.embedding_dim, config.hidden_units
     device, two = keys.device, len(config.hidden_units) > 1
     grad_pooled = grad_pooled.contiguous()
-    delta = (grad_pooled * saved.pooled).sum(1) if config.softmax else None
+    grad_weights = None if grad_weights is None else grad_weights.contiguous()
     # Rows of padded keys beyond their list's length belong to no slot.
     make = torch.zeros if config.padded_length else torch.empty
     grad_keys = make(keys.shape, device=device)
@@ -126,9 +127,10 @@ def backward(
         operands: dict[str, Any] = {
             **call.layer_operands(), **tables.operands(), **call.constants(), **shapes,
             "offset": first_layer(config, tensors).offset, "grad_pooled": grad_pooled,
-            "grad_weights": nothing if grad_weights is None else grad_weights.contiguous(),
+            "grad_weights": nothing if grad_weights is None else grad_weights,
             "log_normaliser": nothing if saved.log_normaliser is None else saved.log_normaliser.contiguous(),
-            "delta": nothing if delta is None else delta, "sums1": sums, "sums2": sums[2 * first :],
+            "delta": softmax_delta(call, saved, grad_pooled, grad_weights) if config.softmax else nothing,
+            "sums1": sums, "sums2": sums[2 * first :],
             "z1": z1, "grad_attention": grad_attention, "attention": attention, "dz1": dz1, "h1": h1, "dz2": dz2,
             "vectors": vectors, "grad_keys": grad_keys, "list_sums": list_sums, "carry": carry,
             "scale": float(config.scale), "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,

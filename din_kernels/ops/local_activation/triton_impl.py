@@ -88,7 +88,7 @@ def backward(
     arguments = (config, tensors, saved, grad_pooled, grad_weights, inv_count)
     if packed_backward.serves_backward(config, tensors):
         return packed_backward.backward(*arguments)
-    if packed_fp32_backward.serves_backward(config, tensors, grad_weights):
+    if packed_fp32_backward.serves_backward(config, tensors):
         return packed_fp32_backward.backward(*arguments)
     if tiled_backward.serves_backward(config, tensors, grad_weights):
         return tiled_backward.backward(*arguments)

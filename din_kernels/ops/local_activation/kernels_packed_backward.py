@@ -88,10 +88,14 @@ def through_activation(dh, z, h, live, alpha, mean, rstd, sums, n, H: tl.constex
 
 
 @triton.jit
-def row_pairs(x):
-    """[TILE / 2, n]: sums of the two rows, eight apart, that one thread has of a product, which takes half the registers."""
-    pairs = tl.sum(tl.reshape(x, [TILE // 16, 2, 8, x.shape[1]]), axis=1)
-    return tl.reshape(pairs, [TILE // 2, x.shape[1]])
+def row_pairs(x, ROWS: tl.constexpr):
+    """[ROWS, n]; ROWS = TILE / 2: sums of the two rows, eight apart, that one thread has of a product on NVIDIA's GPUs, which
+    takes half the registers; ROWS = TILE: x itself."""
+    if ROWS == TILE:
+        return x
+    else:
+        pairs = tl.sum(tl.reshape(x, [TILE // 16, 2, 8, x.shape[1]]), axis=1)
+        return tl.reshape(pairs, [ROWS, x.shape[1]])
 
 
 @triton.jit
@@ -102,11 +106,11 @@ def from_score(ds, t, y, out, total, live, alpha, mean, rstd, sums, n, H: tl.con
     if ACT == SIGMOID:
         dh_h = of_out * out[None, :]
         dz = dh_h - dh_h * t
-        return dz, total + row_pairs(of_out), dz
+        return dz, total + row_pairs(of_out, total.shape[0]), dz
     else:
         dz, of_alpha = through_activation(ds[:, None] * out[None, :], y, t, live, alpha, mean, rstd, sums, n, H, ACT,
                                           BATCH_STATISTICS, FAST)  # fmt: skip
-        return dz, total + row_pairs(of_out), of_alpha
+        return dz, total + row_pairs(of_out, total.shape[0]), of_alpha
 
 
 @triton.jit
@@ -157,6 +161,7 @@ def backward_scores(
     W2: tl.constexpr = A2 + R2
     AT_ALPHA: tl.constexpr = TOP + 1
     KEEP: tl.constexpr = HOIST or (RD == 0)
+    ROWS: tl.constexpr = TILE // 2 if (FAST or WGMMA) else TILE  # AMD's threads have other rows
     d_a = tl.arange(0, AD)
     d_r = AD + tl.arange(0, RD if RD > 0 else 16)
     n_a = tl.arange(0, A1)
@@ -203,14 +208,14 @@ def backward_scores(
     lane = tl.arange(0, TILE)
     segment = tl.arange(0, SEGMENTS)
     # Summed over rows only at the end.
-    out_total_a = tl.zeros([TILE // 2, top_a.shape[0]], tl.float32)
-    out_total_r = tl.zeros([TILE // 2, top_r.shape[0]], tl.float32)
-    alpha_top_a = tl.zeros([TILE // 2, top_a.shape[0]], tl.float32)
-    alpha_top_r = tl.zeros([TILE // 2, top_r.shape[0]], tl.float32)
+    out_total_a = tl.zeros([ROWS, top_a.shape[0]], tl.float32)
+    out_total_r = tl.zeros([ROWS, top_r.shape[0]], tl.float32)
+    alpha_top_a = tl.zeros([ROWS, top_a.shape[0]], tl.float32)
+    alpha_top_r = tl.zeros([ROWS, top_r.shape[0]], tl.float32)
     alpha, mean, rstd, sums = alpha1, mean1, rstd1, sums1  # of the top layer
     if H2 > 0:
-        alpha_low_a = tl.zeros([TILE // 2, A1], tl.float32)
-        alpha_low_r = tl.zeros([TILE // 2, n_r.shape[0]], tl.float32)
+        alpha_low_a = tl.zeros([ROWS, A1], tl.float32)
+        alpha_low_r = tl.zeros([ROWS, n_r.shape[0]], tl.float32)
         alpha, mean, rstd, sums = alpha2, mean2, rstd2, sums2
     if KEEP:
         out_a = load_vector(weight_out, top_a, TOP, True)
@@ -310,14 +315,14 @@ def backward_scores(
                                                  top_a, TOP, ACT, BATCH_STATISTICS, FAST)  # fmt: skip
         dy_a = dy_a.to(dtype)
         if HAS_ALPHA:
-            alpha_top_a += row_pairs(of_alpha)
+            alpha_top_a += row_pairs(of_alpha, ROWS)
         dy_r = dy_a
         if TOP_R > 0:
             dy_r, out_total_r, of_alpha = from_score(top_ds, t_r, y_r, out_r, out_total_r, live, alpha, mean, rstd, sums,
                                                      top_r, TOP, ACT, BATCH_STATISTICS, FAST)  # fmt: skip
             dy_r = dy_r.to(dtype)
             if HAS_ALPHA:
-                alpha_top_r += row_pairs(of_alpha)
+                alpha_top_r += row_pairs(of_alpha, ROWS)
         dz_a, dz_r = dy_a, dy_r
         if H2 > 0:
             tl.store(dz2 + here * W2 + m_a[None, :], dy_a)
@@ -333,13 +338,13 @@ def backward_scores(
                                                 BATCH_STATISTICS, FAST)  # fmt: skip
             dz_a = dz_a.to(dtype)
             if HAS_ALPHA:
-                alpha_low_a += row_pairs(of_alpha)
+                alpha_low_a += row_pairs(of_alpha, ROWS)
             if R1 > 0:
                 dz_r, of_alpha = through_activation(dh_r1, z_r, h_r, live, alpha1, mean1, rstd1, sums1, n_r, H1, ACT,
                                                     BATCH_STATISTICS, FAST)  # fmt: skip
                 dz_r = dz_r.to(dtype)
                 if HAS_ALPHA:
-                    alpha_low_r += row_pairs(of_alpha)
+                    alpha_low_r += row_pairs(of_alpha, ROWS)
         at = (slot - first_tile * TILE)[:, None] * W1
         tl.store(dz1 + at + n_a[None, :], dz_a)
         if R1 > 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._launch import launch, on_device
-from .packed import next_power_of_two
+from .packed import finish_options, next_power_of_two
 from .problem import UnitConfig, UnitGradients, UnitTensors
 from .universal import num_programs
 
@@ -86,7 +86,7 @@ def collect(
             D=dim, BLOCK_D=block, H=first, BLOCK_H=next_power_of_two(first), BLOCK_Q=BLOCK_Q,
             PRECISION=precision(), num_warps=4,
         )  # fmt: skip
-        launch(kernels.finish_gradients, (grid,), operands | absent, num_warps=4)
+        launch(kernels.finish_gradients, (grid,), operands | absent, **finish_options())
     for layer, (alpha, one) in enumerate(zip(tensors.alphas, shared, strict=True)):
         if one:
             value = alphas[layer]

@@ -83,14 +83,17 @@ def _collect() -> Iterator[CompileCase]:
         gradients = ("weight1", "bias1", "weight2", "bias2", "weight_out", "bias_out", "alpha1", "alpha2")
         signature = {**dict.fromkeys(sums, "*fp32"), **dict.fromkeys(gradients, f"*{kind}")}
         numbers = {"programs": "i32", "query_programs": "i32", "unscale": "fp32"}
-        yield CompileCase(
-            name=f"local_activation/collect/finish_gradients/{shape}", kernel=kernels.finish_gradients,
-            signature={**signature, **numbers}, num_warps=4, aligned=tuple(signature),
-            constexprs={
-                "D": dim, "H1": first, "H2": second, "BLOCK": packed_collect.BLOCK, "BIASES": 7 if second else 3,
-                "HAS_ALPHA": True,
-            },
-        )  # fmt: skip
+        limited = {k: v for k, v in finish_options().items() if k != "num_warps"}
+        for suffix, options, targets in (("", limited, ("sm_80", "sm_90")), ("-amd", {}, ("gfx942",))):
+            yield CompileCase(
+                name=f"local_activation/collect/finish_gradients/{shape}{suffix}", kernel=kernels.finish_gradients,
+                signature={**signature, **numbers}, num_warps=4, aligned=tuple(signature), options=options,
+                targets=targets,
+                constexprs={
+                    "D": dim, "H1": first, "H2": second, "BLOCK": packed_collect.BLOCK, "BIASES": 7 if second else 3,
+                    "HAS_ALPHA": True,
+                },
+            )  # fmt: skip
 
 
 def _statistics() -> Iterator[CompileCase]:

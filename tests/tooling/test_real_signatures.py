@@ -96,8 +96,9 @@ def test_every_kernel_is_compiled_ahead_of_time():
     }
 
 
-# Kernels of the library and of torch in one forward and backward, with the ones that stand for the loss's gradient. Each takes
-# the host five to twenty microseconds, which for small batches is what a training step waits for. The unfused unit: 38, 136, 82.
+# Kernels of the library and of torch in one forward and backward, with the one that stands for the loss's gradient. Each
+# takes the host five to twenty microseconds, for which small batches wait. Of the first three the unfused unit takes 38,
+# 136 and 82.
 MOST_LAUNCHES = {
     "packed sigmoid": 14, "packed dice training, two layers": 27, "tiled outer dice training, backward tiled too": 54,
     "dice training, many rows": 5, "dice serving": 1, "sgd + mba": 4,

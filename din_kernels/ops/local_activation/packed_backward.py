@@ -54,11 +54,6 @@ def _batches(tiles: int, row_bytes: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, tiles)) for first in range(0, tiles, size)]
 
 
-def pick(values: dict[str, Any], kernel: Any) -> dict[str, Any]:
-    """Those of ``values`` that the kernel takes."""
-    return {name: value for name, value in values.items() if name in kernel.arg_names}
-
-
 def backward(
     config: UnitConfig,
     tensors: UnitTensors,

@@ -173,7 +173,9 @@ def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
         light = config.precision == "tf32" or config.activation in ("sigmoid", "relu")
         whole = widths.r1 == widths.r2 == 0 and max(widths.a1, widths.a2) <= 64
         fitting = channels <= 48 or (whole and (channels <= 64 or light))
-        return config.embedding_dim <= 64 and capability >= 90 and fitting
+        # Rows that begin at odd addresses are loaded number by number, and each takes an address.
+        steps = config.precision == "tf32" or config.embedding_dim <= 16 or config.embedding_dim % 4 == 0
+        return config.embedding_dim <= 64 and capability >= 90 and fitting and steps
     if config.activation in ("dice", "prelu") and channels > 64 and (widths.r1 or widths.r2):
         return config.embedding_dim <= 64 and capability >= 90
     return True

@@ -67,12 +67,16 @@ class Dice(nn.Module):
     ) -> Tensor:
         """x [..., C] -> the same; ``mask`` [...] bool selects the rows that count in the statistics of training;
         ``shift`` [C] is added to x first; ``overwrite``: x is not needed afterwards (see ``functional.dice``)."""
+        # Looked up as nn.Module would do it, which takes as long as a small operation, unless they are somewhere else by now.
+        alpha, mean, var = (
+            self._parameters.get("alpha"), self._buffers.get("running_mean"), self._buffers.get("running_var")
+        )  # fmt: skip
         return dice(
             x,
-            self.alpha,
-            self.running_mean,
-            self.running_var,
-            weight=self.weight if self.affine else None,  # attributes that are parameters are slow to look up
+            self.alpha if alpha is None else alpha,
+            self.running_mean if mean is None else mean,
+            self.running_var if var is None else var,
+            weight=self.weight if self.affine else None,
             bias=self.bias if self.affine else None,
             shift=shift,
             mask=mask,

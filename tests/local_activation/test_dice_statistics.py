@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from din_kernels.ops.local_activation import dice_statistics, kernels_statistics
+from din_kernels.ops.local_activation import dice_statistics
 from din_kernels.ops.local_activation.dice_statistics import Moments, Used
+
+from ._mutants import load_mutant
 
 
 def parts_of(rows: torch.Tensor, counts: list[int], device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -53,22 +55,12 @@ def test_finish(counts, width, device, poison_scratch):
     check_finish(torch.randn(sum(counts), width, dtype=torch.float64) * 3 + 5, counts, device)
 
 
-@pytest.mark.parametrize("lost", ["rows[:, None] * away * away", "weighted +="])
-def test_finish_broken(lost, device, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new"), [("rows[:, None] * away * away", "0.0 * away"), ("weighted += rows", "weighted = rows")]
+)
+def test_finish_broken(old, new, device, monkeypatch, tmp_path):
     """Without what the distance of the parts' means adds, or with the last parts' means alone."""
-    import importlib.util
-    import inspect
-
-    source = inspect.getsource(kernels_statistics)
-    assert source.count(lost) == 1
-    path = tmp_path / "broken_statistics.py"
-    path.write_text(source.replace(lost, {"weighted +=": "weighted ="}.get(lost, "0.0 * away")))
-    spec = importlib.util.spec_from_file_location("broken_statistics", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(kernels_statistics, "finish_moments", module.finish_moments)
+    load_mutant(monkeypatch, tmp_path, ("kernels_statistics",), "kernels_statistics", old, new)
     with pytest.raises(AssertionError):
         check_finish(torch.randn(200, 5, dtype=torch.float64), [2] * 100, device)
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from din_kernels.ops.local_activation import (
     packed,
     packed_backward,
+    packed_collect,
     tiled_backward,
     triton_impl,
     universal,
@@ -24,6 +25,7 @@ from din_kernels.testing import hostile_gradients
 from tests.support.memory_monitor import memory_monitor
 
 from ._cases import Case, Spec, check_gradients, make_case
+from ._variants import record_variants
 from .test_packed_forward import BORDERS, packed_specs
 from .test_universal_forward import SETTINGS
 
@@ -105,7 +107,7 @@ def test_batches_of_tiles(device, poison_scratch, monkeypatch):
     case = make_case(Spec((3, 200, 0, 40, 130), 8, (9, 20)), device)
     whole = run_backward(case)
     check_gradients(case, whole)
-    monkeypatch.setattr(packed_backward, "BETWEEN_BYTES", 1)
+    monkeypatch.setattr(packed_collect, "BETWEEN_BYTES", 1)
     batched = run_backward(case)
     check_gradients(case, batched)
     assert torch.equal(whole.keys, batched.keys)
@@ -194,42 +196,20 @@ def test_lengths_never_recompile(monkeypatch):
     from din_kernels.ops.local_activation import kernels_packed_gradients as after
     from din_kernels.ops.local_activation import kernels_packed_tables as tables
 
-    seen: dict[str, set] = {}
-
-    class Recorder:
-        def __init__(self, name, kernel):
-            self.name, self.kernel, self.arg_names = name, kernel, kernel.arg_names
-
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-                key = tuple(
-                    (n, v if not isinstance(v, torch.Tensor) else (v.dtype, v.data_ptr() % 16 == 0))
-                    for n, v in sorted(values.items())
-                    if n not in FREE and not isinstance(v, float)
-                )
-                seen.setdefault(self.name, set()).add(key)
-                return self.kernel[grid](*args, **kwargs)
-
-            return launch
-
-    names = {
+    kernels = {
         tables: ("make_tables", "fill_slots"),
         up: ("forward_packed", "normalise_packed"),
         fp32: ("forward_packed_fp32",),
         down: ("backward_scores",),
         after: ("backward_inputs", "first_layer_sums", "second_layer_sums"),
     }
-    for module, kernels in names.items():
-        for name in kernels:
-            monkeypatch.setattr(module, name, Recorder(name, getattr(module, name)))
+    seen = record_variants(monkeypatch, kernels, FREE)
     for lengths, scale in (((1,), 1.0), ((5, 0, 17), 0.5), ((16,) * 4, 1.0), ((150, 2), 2.0)):
         case = make_case(Spec(lengths, 8, (16, 8), softmax=True, scale=scale))
         packed.forward(case.config, case.tensors, return_weights=True)
         short = make_case(Spec(lengths, 8, (16, 8), softmax=True, scale=scale, dtype=torch.bfloat16))
         packed.forward(short.config, short.tensors, return_weights=False)
         run_backward(case)
-    assert seen.keys() == {name for kernels in names.values() for name in kernels}
     for name, keys in seen.items():
         assert len(keys) == 1, (name, keys)
 
@@ -250,6 +230,7 @@ def test_the_names_left_free_are_marked():
         "kernels_packed_fp32",
         "kernels_packed_backward",
         "kernels_packed_gradients",
+        "kernels_packed_statistics",
         "kernels_packed_sums",
     ):
         source = Path(inspect.getfile(kernels_packed_tables)).with_name(f"{module}.py").read_text()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from din_kernels.ops.local_activation import (
+    packed_collect,
     packed_fp32_backward,
     tiled_backward,
     torch_impl,
@@ -30,6 +31,7 @@ from tests.support.memory_monitor import memory_monitor
 
 from ._cases import Case, Spec, check_gradients, make_case
 from ._mutants import load_mutant
+from ._variants import variant
 from .test_packed_backward import flat, without_softmax
 from .test_packed_forward import packed_specs
 from .test_universal_forward import SETTINGS
@@ -92,15 +94,15 @@ def test_batches_of_tiles(device, poison_scratch, monkeypatch):
     case = make_case(Spec((3, 200, 0, 40, 130), 8, (9, 20), activation="dice", training=True), device)
     whole = run_backward(case)
     check_gradients(case, whole)
-    monkeypatch.setattr(packed_fp32_backward, "BETWEEN_BYTES", 1)
+    monkeypatch.setattr(packed_collect, "BETWEEN_BYTES", 1)
     check_gradients(case, run_backward(case))
 
 
 def test_batches_give_programs_equal_work():
-    assert packed_fp32_backward.batches(1000, 288, 264) == [(0, 1000)]
-    parts = packed_fp32_backward.batches(5000, 288, 264)
+    assert packed_collect.batches(1000, 288, 264) == [(0, 1000)]
+    parts = packed_collect.batches(5000, 288, 264)
     assert [end - first for first, end in parts[:-1]] == [1320, 1320, 1320]
-    assert packed_fp32_backward.batches(3, 24 << 20, 264) == [(0, 1), (1, 2), (2, 3)]
+    assert packed_collect.batches(3, 24 << 20, 264) == [(0, 1), (1, 2), (2, 3)]
 
 
 SPREAD = [
@@ -171,13 +173,8 @@ def test_lengths_never_recompile(monkeypatch):
 
     def record(kernel, grid, operands, **options):
         values = {name: operands[name] for name in kernel.arg_names}
-        fixed = {
-            name: (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-            if name not in FREE and not isinstance(value, float)
-        }
         key = f"{kernel.fn.__name__} {values.get('GATHER', '')}"
-        seen.setdefault(key, set()).add(tuple(sorted(fixed.items())))
+        seen.setdefault(key, set()).add(variant(kernel.arg_names, (), values, FREE))
         launch(kernel, grid, operands, **options)
 
     monkeypatch.setattr(packed_fp32_backward, "launch", record)
@@ -195,7 +192,7 @@ def test_lengths_never_recompile(monkeypatch):
 FREE = ("queries", "first_tile", "end_tile")
 
 
-KERNELS = ("kernels_packed_fp32", "kernels_packed_fp32_backward")
+KERNELS = ("kernels_packed_common", "kernels_packed_fp32", "kernels_packed_fp32_backward")
 MUTANTS = [
     ("shared += dot(", "shared = dot(", "grad weights"),
     ("dx * turn * -LN_2", "dx * turn", "grad"),
@@ -211,7 +208,7 @@ MUTANTS = [
 @pytest.mark.parametrize(("old", "new", "where"), MUTANTS, ids=lambda v: str(v)[:24])
 def test_a_wrong_kernel_is_caught(monkeypatch, tmp_path, old, new, where):
     case = make_case(Spec(lengths=(7, 100, 300), dim=40, hidden=(12, 9), activation="dice", training=True))
-    load_mutant(monkeypatch, tmp_path, KERNELS, KERNELS[1], old, new)
+    load_mutant(monkeypatch, tmp_path, KERNELS, KERNELS[0 if "pairs" in old else 2], old, new)
     with pytest.raises(AssertionError, match=where):
         check_gradients(case, run_backward(case))
 

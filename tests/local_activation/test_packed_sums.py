@@ -4,7 +4,6 @@ gradients, and softmax's δ. Each against float64, and what is special about til
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -223,7 +222,8 @@ def test_dispatch(device, monkeypatch):
         assert taken.pop() == path, spec
 
 
-KERNELS = ("kernels_packed_common", "kernels_packed_forward", "kernels_packed_backward", "kernels_packed_sums")
+SHARED = ("kernels_packed_common", "kernels_packed_forward", "kernels_packed_backward", "kernels_packed_dice")
+OWN = ("kernels_packed_statistics", "kernels_packed_sums")
 WRONG_NUMBERS = [
     ("(p - p * p)", "p", "grad"),
     ("term * turn", "term", "grad"),
@@ -239,8 +239,12 @@ WRONG_NUMBERS = [
 
 @pytest.fixture
 def broken(monkeypatch, tmp_path):
-    """break(old, new): the packed kernels with ``old`` replaced in kernels_packed_sums."""
-    return partial(load_mutant, monkeypatch, tmp_path, KERNELS, "kernels_packed_sums")
+    """break(old, new, module): the packed kernels with ``old`` replaced in ``module``."""
+
+    def replace(old: str, new: str, module: str) -> None:
+        load_mutant(monkeypatch, tmp_path, (*SHARED, *OWN), module, old, new)
+
+    return replace
 
 
 def run_mutant() -> None:
@@ -253,19 +257,20 @@ def run_mutant() -> None:
 @pytest.mark.parametrize(("old", "new", "where"), WRONG_NUMBERS, ids=lambda v: str(v)[:24])
 def test_wrong_numbers(broken, monkeypatch, poison_scratch, old, new, where):
     monkeypatch.setattr(packed_sums, "num_programs", lambda device, per_processor: 2)  # several tiles each
-    broken(old, new)
+    broken(old, new, OWN["grad" in str(where)])
     with pytest.raises(AssertionError, match=where):
         run_mutant()
 
 
-def test_one_slot_too_many(broken):
-    broken("live = q >= 0\n", "live = q >= -1\n")
+@pytest.mark.parametrize("module", OWN)
+def test_one_slot_too_many(broken, module):
+    broken("live = q >= 0\n", "live = q >= -1\n", module)
     with memory_monitor(), pytest.raises(OutOfBounds):
         run_mutant()
 
 
 def test_unbroken(broken):
     """The machinery itself breaks nothing."""
-    broken("live = q >= 0", "live = q >= 0")
+    broken("live = q >= 0", "live = q >= 0", "kernels_packed_sums")
     with memory_monitor():
         run_mutant()

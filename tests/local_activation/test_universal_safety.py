@@ -9,6 +9,7 @@ from din_kernels.ops.local_activation import universal, universal_backward
 from tests.support.memory_monitor import OutOfBounds, Race, memory_monitor
 
 from ._cases import Case, Spec, check_gradients, check_outputs, make_case
+from ._variants import record_variants
 
 pytest.importorskip("triton")
 
@@ -129,40 +130,14 @@ def test_lengths_never_recompile(monkeypatch):
     from din_kernels.ops.local_activation import kernels_universal_backward as down
     from din_kernels.ops.local_activation import kernels_universal_forward as up
 
-    seen: dict[str, set] = {}
-
-    class Recorder:
-        def __init__(self, name, kernel):
-            self.name, self.kernel, self.arg_names = name, kernel, kernel.arg_names
-
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                names = list(self.kernel.arg_names)
-                values = {**dict(zip(names, args, strict=False)), **kwargs}
-                free = set(self.kernel.do_not_specialize if hasattr(self.kernel, "do_not_specialize") else FREE)
-                key = tuple(
-                    (n, v if not isinstance(v, torch.Tensor) else (v.dtype, v.data_ptr() % 16 == 0))
-                    for n, v in sorted(values.items())
-                    if n not in free and not isinstance(v, float)
-                )
-                seen.setdefault(self.name, set()).add(key)
-                return self.kernel[grid](*args, **kwargs)
-
-            return launch
-
-    for module, kernels in (
-        (up, ("forward_items", "statistics_items", "combine_items", "normalise_weights")),
-        (down, ("backward_items", "add_slots", "weighted_gradients")),
-        (small, ("finish_moments",)),
-    ):
-        for name in kernels:
-            monkeypatch.setattr(module, name, Recorder(name, getattr(module, name)))
+    kernels = {
+        up: ("forward_items", "statistics_items", "combine_items", "normalise_weights"),
+        down: ("backward_items", "add_slots", "weighted_gradients"),
+        small: ("finish_moments",),
+    }
+    seen = record_variants(monkeypatch, kernels, FREE)
     for lengths, scale in (((1,), 1.0), ((5, 0, 17), 0.5), ((16,) * 4, 1.0), ((150, 2), 2.0)):
         run_all(make_case(Spec(lengths, 8, (16,), softmax=True, activation="dice", scale=scale, training=True)))
-    assert seen.keys() == {
-        "forward_items", "statistics_items", "combine_items", "normalise_weights", "backward_items", "add_slots",
-        "weighted_gradients", "finish_moments",
-    }  # fmt: skip
     gather_and_main = {"backward_items": 2}
     for name, keys in seen.items():
         assert len(keys) == gather_and_main.get(name, 1), (name, keys)

@@ -113,7 +113,7 @@ def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.conti
     return torch.ops.aten.clone.default(tensor, memory_format=memory_format)
 
 
-def _computes(func: Any, args: tuple) -> bool:
+def computes(func: Any, args: tuple) -> bool:
     """Whether ``func`` does more than hand out memory or look at it in another way."""
     if (
         func.namespace != "aten"
@@ -142,7 +142,7 @@ class Implementations(TorchDispatchMode):
                         return func._op_dk(key, *args, **(kwargs or {}))
         if func in READS and args[0].device.type == "cpu":
             return 1.0 if args[0].dtype.is_floating_point else 1  # read without waiting for anybody
-        if _computes(func, args):
+        if computes(func, args):
             self.tape.work.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 

@@ -30,6 +30,16 @@ def fresh_origin(zero):
 
 
 @triton.jit
+def sum_of_first(numbers, count, BLOCK: tl.constexpr):
+    """Σ numbers[: count], BLOCK at a time."""
+    total = tl.zeros([BLOCK], numbers.dtype.element_ty)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(numbers + i, mask=i < count, other=0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def chunk_rows(starts, ends, chunk_offsets, chunk_list, chunk, item_rows):
     """(list, number of the chunk within it, chunks of the list, first row, end) of ``chunk``, all int64."""
     s = tl.load(chunk_list + chunk).to(tl.int64)

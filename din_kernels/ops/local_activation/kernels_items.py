@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .kernels_common import sum_of_first
+
 
 @triton.jit
 def _chunks(starts, ends, s, item_rows, num_lists):
@@ -30,17 +32,15 @@ def make_chunks(
     chunks of all lists before its own, which for a few blocks takes less than another launch."""
     block = tl.program_id(0)
     if SUMMED:
-        before = tl.zeros([BLOCK_SUMS], tl.int64)
-        for i0 in range(0, block, BLOCK_SUMS):
-            i = i0 + tl.arange(0, BLOCK_SUMS)
-            before += tl.load(sums + i, mask=i < block, other=0)
+        before = sum_of_first(sums, block, BLOCK_SUMS)
     else:
-        before = tl.zeros([BLOCK], tl.int64)
+        earlier = tl.zeros([BLOCK], tl.int64)
         for i in range(0, block):
-            before += _chunks(starts, ends, i * BLOCK + tl.arange(0, BLOCK), item_rows, num_lists)
+            earlier += _chunks(starts, ends, i * BLOCK + tl.arange(0, BLOCK), item_rows, num_lists)
+        before = tl.sum(earlier, axis=0)
     s = block * BLOCK + tl.arange(0, BLOCK)
     chunks = _chunks(starts, ends, s, item_rows, num_lists)
-    end = tl.sum(before, axis=0) + tl.cumsum(chunks, axis=0)
+    end = before + tl.cumsum(chunks, axis=0)
     begin = end - chunks
     tl.store(
         chunk_offsets + s, begin, mask=s <= num_lists

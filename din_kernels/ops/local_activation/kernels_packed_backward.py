@@ -28,6 +28,7 @@ from .kernels_packed_common import (
     activate,
     begin_layer,
     bias_columns,
+    fold,
     keep_bias,
     load_activation,
     load_bias,
@@ -89,13 +90,11 @@ def through_activation(dh, z, h, live, alpha, mean, rstd, sums, n, H: tl.constex
 
 @triton.jit
 def row_pairs(x, ROWS: tl.constexpr):
-    """[ROWS, n]; ROWS = TILE / 2: sums of the two rows, eight apart, that one thread has of a product on NVIDIA's GPUs, which
-    takes half the registers; ROWS = TILE: x itself."""
+    """[ROWS, n]; ROWS = TILE / 2: sums of the two rows that one thread has of a product; ROWS = TILE: x itself."""
     if ROWS == TILE:
         return x
     else:
-        pairs = tl.sum(tl.reshape(x, [TILE // 16, 2, 8, x.shape[1]]), axis=1)
-        return tl.reshape(pairs, [ROWS, x.shape[1]])
+        return fold(x, 8)
 
 
 @triton.jit

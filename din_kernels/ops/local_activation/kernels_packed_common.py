@@ -125,6 +125,14 @@ def begin_layer(columns, bias, n, PRESENT: tl.constexpr, WGMMA: tl.constexpr, PR
 
 
 @triton.jit
+def fold(x, S: tl.constexpr):
+    """[TILE / 2, n]: rows i and i + S of x added, for totals of half the registers. S is such that a thread has both: 8 in
+    what comes from the tensor cores (NVIDIA's; AMD's threads have other rows), 32 in what was loaded row by row."""
+    pairs = tl.reshape(x, [TILE // (2 * S), 2, S, x.shape[1]])
+    return tl.reshape(tl.sum(pairs, axis=1), [TILE // 2, x.shape[1]])
+
+
+@triton.jit
 def load_activation(alpha, mean, rstd, n, H: tl.constexpr, ACT: tl.constexpr):
     """(α, slope, shift): Dice's p = 1 / (1 + 2^(slope · z + shift))."""
     a = load_vector(alpha, n, H, (ACT == PRELU) or (ACT == DICE))

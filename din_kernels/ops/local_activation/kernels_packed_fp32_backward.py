@@ -28,6 +28,7 @@ from .kernels_packed_common import (
     SEGMENTS,
     TILE,
     activate,
+    fold,
     load_activation,
     load_first_layer,
     load_matrix,
@@ -104,14 +105,6 @@ def backward_first_layer_fp32(
                                 CONTIGUOUS)  # fmt: skip
         tl.store(grad_attention + here, da)
         store_between(z1, z, here, n, W1)
-
-
-@triton.jit
-def fold(x, S: tl.constexpr):
-    """Rows i and i + S added, for totals of half the registers. S is such that a thread has both: 8 in what comes from the
-    tensor cores, 32 in what was loaded row by row."""
-    pairs = tl.reshape(x, [TILE // (2 * S), 2, S, x.shape[1]])
-    return tl.reshape(tl.sum(pairs, axis=1), [TILE // 2, x.shape[1]])
 
 
 @triton.jit

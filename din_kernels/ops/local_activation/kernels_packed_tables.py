@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from .kernels_common import sum_of_first
 from .kernels_packed_common import INT_MAX, MIN_SLOTS, SEGMENTS, TILE
 
 
@@ -34,18 +35,16 @@ def make_tables(starts, ends, sums, first_slot, tile_first, candidates, queries,
     before its own, which for a few blocks takes less than another launch."""
     block = tl.program_id(0)
     if SUMMED:
-        before = tl.zeros([BLOCK_SUMS], tl.int32)
-        for i0 in range(0, block, BLOCK_SUMS):
-            i = i0 + tl.arange(0, BLOCK_SUMS)
-            before += tl.load(sums + i, mask=i < block, other=0)
+        before = sum_of_first(sums, block, BLOCK_SUMS)
     else:
-        before = tl.zeros([BLOCK], tl.int32)
+        earlier = tl.zeros([BLOCK], tl.int32)
         for i in range(0, block):
-            before += _slots(starts, ends, i * BLOCK + tl.arange(0, BLOCK), candidates, queries)[2]
+            earlier += _slots(starts, ends, i * BLOCK + tl.arange(0, BLOCK), candidates, queries)[2]
+        before = tl.sum(earlier, axis=0)
     q = block * BLOCK + tl.arange(0, BLOCK)
     inside = q < queries
     _, _, slots = _slots(starts, ends, q, candidates, queries)
-    end = tl.sum(before, axis=0) + tl.cumsum(slots, axis=0)
+    end = before + tl.cumsum(slots, axis=0)
     begin = end - slots
     # Behind the last query row: the number of slots, for which the sums above stand still, then INT_MAX.
     tl.store(first_slot + q, tl.where(q > queries, INT_MAX, begin), mask=q < queries + 1 + SEGMENTS)

@@ -1,17 +1,22 @@
-"""Launches of ``kernels_collect.py``: gradients from what the packed backward kernels have summed up."""
+"""What the packed backward kernels of 16 bits and of fp32 have in common: batches of tiles, the memory for what they sum up,
+and the gradients made of it (launches of ``kernels_collect.py``)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..._launch import launch, on_device
-from .packed import finish_options, next_power_of_two
-from .problem import UnitConfig, UnitGradients, UnitTensors
+from ..._launch import launch
+from .packed import TILE, Packed, finish_lists, finish_options, next_power_of_two
+from .problem import UnitConfig, UnitGradients
 from .universal import num_programs
 
 LOG2_E = 1.4426950408889634
 BLOCK_Q, BLOCK = 32, 64
+
+# Bytes of what one kernel leaves to the next (dz1, h1, dz2 of a batch of tiles): within the L2 cache of the GPUs this
+# is for, 40 to 50 MB, with room for the rest.
+BETWEEN_BYTES = 24 << 20
 
 
 def precision() -> str:
@@ -24,6 +29,15 @@ def columns(width: int) -> int:
     return 16 if width > 64 else 32
 
 
+def batches(tiles: int, row_bytes: int, programs: int) -> list[tuple[int, int]]:
+    """(first, end) of batches of tiles whose rows leave ``row_bytes`` each between kernels, a whole number of tiles for each
+    program where there are that many."""
+    size = max(1, BETWEEN_BYTES // (row_bytes * TILE))
+    if size > programs:
+        size -= size % programs
+    return [(first, min(first + size, tiles)) for first in range(0, tiles, size)]
+
+
 def zeroed(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Zeros of these shapes, fp32, by one launch. Each begins at a multiple of 16 bytes."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
@@ -32,65 +46,100 @@ def zeroed(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [piece[:size].view(shape) for piece, size, shape in zip(pieces, sizes, shapes, strict=True)]
 
 
-def vector_sizes(config: UnitConfig) -> list[int]:
-    """Widths of the pieces of a row of ``vectors``: Σ ds · h, Σ ds, alphas."""
-    widths = list(config.hidden_units)
-    alphas = widths if config.activation in ("prelu", "dice") else []
-    return [widths[-1], 1, *alphas]
+def vector_width(config: UnitConfig) -> int:
+    """Columns of ``vectors``: Σ ds · h, Σ ds, alphas."""
+    widths = config.hidden_units
+    return widths[-1] + 1 + (sum(widths) if config.activation in ("prelu", "dice") else 0)
 
 
-def collect(
-    config: UnitConfig, tensors: UnitTensors, grad_keys: Tensor, list_sums: Tensor, first_sums: Tensor,
-    second_sums: Tensor, second_vectors: Tensor, vectors: Tensor,
-) -> UnitGradients:  # fmt: skip
-    """``list_sums`` [Q, D + H1] and the programs' sums (see ``finish_gradients``) to gradients in their parameters' dtypes."""
-    from . import kernels_collect as kernels
+class Results:
+    """What the packed backward kernels leave, and the gradients made of it.
 
-    dim, widths = config.embedding_dim, config.hidden_units
-    first, second = (*widths, 0)[:2]
-    device, queries = list_sums.device, list_sums.shape[0]
+    grad_keys [R, D]; list_sums [Q, D + H1] with a carry as in forward; and added to by ``programs`` (see
+    ``finish_gradients``): vectors, first_sums, second_sums, second_vectors."""
 
-    def like(parameter: Tensor) -> Tensor:
-        return torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    def __init__(self, call: Packed, programs: int) -> None:
+        self.call = call
+        config, keys = call.config, call.tensors.keys
+        dim, (first, second) = config.embedding_dim, (*config.hidden_units, 0)[:2]
+        # Rows of padded keys beyond their list's length belong to no slot.
+        make = torch.zeros if config.padded_length else torch.empty
+        self.grad_keys = make(keys.shape, dtype=keys.dtype, device=keys.device)
+        self.list_sums = torch.empty(call.queries, dim + first, device=keys.device)
+        self.carry = torch.empty(2 * call.tables.tiles, dim + first, device=keys.device)
+        self.vectors, self.first_sums, self.second_sums, self.second_vectors = zeroed(
+            keys.device, (programs, vector_width(config)), (programs, 2, first, dim), (programs, second, first),
+            (programs, second),
+        )  # fmt: skip
 
-    query = tensors.query.contiguous()
-    grad_query = like(query)
-    block = columns(first)
-    parts = min(-(-queries // BLOCK_Q), num_programs(device, 1))
-    weight_parts = torch.empty(parts, first, dim, device=device)
-    bias_parts = torch.empty(parts, first, device=device)
-    weights = [like(weight) for weight in tensors.weights]
-    biases = [None if bias is None else like(bias) for bias in tensors.biases]
-    has_alpha = config.activation in ("prelu", "dice")
-    # A slope that all channels share gets the sum over them.
-    shared = [alpha is not None and alpha.numel() != width for alpha, width in zip(tensors.alphas, widths, strict=True)]
-    alphas: list[Tensor | None] = [
-        None if alpha is None else torch.empty(width, device=device) if one else like(alpha)
-        for alpha, width, one in zip(tensors.alphas, widths, shared, strict=True)
-    ]
-    operands = {
-        "first_sums": first_sums, "second_sums": second_sums, "second_vectors": second_vectors, "vectors": vectors,
-        "weight_parts": weight_parts, "bias_parts": bias_parts, "weight1": weights[0], "weight2": weights[1],
-        "weight_out": weights[-1], "bias1": biases[0], "bias2": biases[1], "bias_out": biases[-1],
-        "alpha1": alphas[0], "alpha2": alphas[-1], "programs": vectors.shape[0], "query_programs": parts,
-        # For sigmoid dz2 is stored for weights multiplied by −log₂e.
-        "unscale": -LOG2_E if config.activation == "sigmoid" else 1.0,
-        "D": dim, "H1": first, "H2": second, "BLOCK": BLOCK, "HAS_ALPHA": has_alpha,
-        "BIASES": sum(1 << layer for layer, bias in enumerate(biases) if bias is not None),
-    }  # fmt: skip
-    absent = {name: vectors for name, value in operands.items() if value is None}
-    grid = first * -(-dim // BLOCK) + -(-second * first // BLOCK) + -(-max(vectors.shape[1], *widths) // BLOCK)
-    with on_device(list_sums):
-        kernels.finish_queries[(parts, -(-dim // block))](
-            list_sums, query, tensors.weights[0].contiguous(), grad_query, weight_parts, bias_parts, queries,
-            D=dim, BLOCK_D=block, H=first, BLOCK_H=next_power_of_two(first), BLOCK_Q=BLOCK_Q,
+    def operands(self) -> dict[str, Tensor]:
+        return {"grad_keys": self.grad_keys, "list_sums": self.list_sums, "carry": self.carry}
+
+    def gradients(self) -> UnitGradients:
+        """In the dtypes of their parameters; after the kernels."""
+        call = self.call
+        finish_lists(call.tables, self.carry, self.list_sums)
+        grad_query, weight_parts, bias_parts = self._query()
+        tensors, widths = call.tensors, call.config.hidden_units
+        weights = [_like(weight) for weight in tensors.weights]
+        biases = [None if bias is None else _like(bias) for bias in tensors.biases]
+        # A slope that all channels share gets the sum over them.
+        shared = [
+            alpha is not None and alpha.numel() != width for alpha, width in zip(tensors.alphas, widths, strict=True)
+        ]
+        alphas: list[Tensor | None] = [
+            None if alpha is None else self.vectors.new_empty(width) if one else _like(alpha)
+            for alpha, width, one in zip(tensors.alphas, widths, shared, strict=True)
+        ]
+        self._parameters(weights, biases, alphas, weight_parts, bias_parts)
+        for layer, (alpha, one) in enumerate(zip(tensors.alphas, shared, strict=True)):
+            value = alphas[layer]
+            if one and alpha is not None and value is not None:
+                alphas[layer] = value.sum().to(alpha.dtype).view(alpha.shape)
+        return UnitGradients(grad_query, self.grad_keys, weights, biases, alphas)
+
+    def _query(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of the query, and what query rows add to those of the first layer, by program."""
+        from . import kernels_collect as kernels
+
+        call, device = self.call, self.list_sums.device
+        dim, width = call.config.embedding_dim, call.config.hidden_units[0]
+        gradient, block = _like(call.query), columns(width)
+        programs = min(-(-call.queries // BLOCK_Q), num_programs(device, 1))
+        weight_parts = torch.empty(programs, width, dim, device=device)
+        bias_parts = torch.empty(programs, width, device=device)
+        kernels.finish_queries[(programs, -(-dim // block))](
+            self.list_sums, call.query, call.tensors.weights[0].contiguous(), gradient, weight_parts, bias_parts,
+            call.queries, D=dim, BLOCK_D=block, H=width, BLOCK_H=next_power_of_two(width), BLOCK_Q=BLOCK_Q,
             PRECISION=precision(), num_warps=4,
         )  # fmt: skip
+        return gradient, weight_parts, bias_parts
+
+    def _parameters(
+        self, weights: list[Tensor], biases: list[Tensor | None], alphas: list[Tensor | None], weight_parts: Tensor,
+        bias_parts: Tensor,
+    ) -> None:  # fmt: skip
+        """The gradients of all parameters, by one launch."""
+        from . import kernels_collect as kernels
+
+        config = self.call.config
+        dim, (first, second) = config.embedding_dim, (*config.hidden_units, 0)[:2]
+        operands = {
+            "first_sums": self.first_sums, "second_sums": self.second_sums, "second_vectors": self.second_vectors,
+            "vectors": self.vectors, "weight_parts": weight_parts, "bias_parts": bias_parts,
+            "weight1": weights[0], "weight2": weights[1], "weight_out": weights[-1],
+            "bias1": biases[0], "bias2": biases[1], "bias_out": biases[-1], "alpha1": alphas[0], "alpha2": alphas[-1],
+            "programs": self.vectors.shape[0], "query_programs": weight_parts.shape[0],
+            # For sigmoid dz2 is stored for weights multiplied by −log₂e.
+            "unscale": -LOG2_E if config.activation == "sigmoid" else 1.0,
+            "D": dim, "H1": first, "H2": second, "BLOCK": BLOCK, "HAS_ALPHA": config.activation in ("prelu", "dice"),
+            "BIASES": sum(1 << layer for layer, bias in enumerate(biases) if bias is not None),
+        }  # fmt: skip
+        absent = {name: self.vectors for name, value in operands.items() if value is None}
+        widest = max(self.vectors.shape[1], first, second)
+        grid = first * -(-dim // BLOCK) + -(-second * first // BLOCK) + -(-widest // BLOCK)
         launch(kernels.finish_gradients, (grid,), operands | absent, **finish_options())
-    for layer, (alpha, one) in enumerate(zip(tensors.alphas, shared, strict=True)):
-        if one:
-            value = alphas[layer]
-            assert alpha is not None
-            assert value is not None
-            alphas[layer] = value.sum().to(alpha.dtype).view(alpha.shape)
-    return UnitGradients(grad_query, grad_keys, weights, biases, alphas)
+
+
+def _like(parameter: Tensor) -> Tensor:
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
 from .factorise import first_layer
-from .packed import TILE, Packed, describes, finish_lists, fp32_constants, next_power_of_two
-from .packed_backward import BETWEEN_BYTES
-from .packed_collect import collect, vector_sizes, zeroed
-from .packed_sums import softmax_delta
+from .packed import TILE, Packed, describes, fp32_constants, next_power_of_two
+from .packed_collect import Results, batches
+from .packed_sums import score_operands, sums_of_layers
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import capability_of, num_programs
 
@@ -75,14 +74,6 @@ def sum_constants(config: UnitConfig, capability: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def batches(tiles: int, row_bytes: int, programs: int) -> list[tuple[int, int]]:
-    """(first, end) of batches of tiles, a whole number of them for each program where there are that many."""
-    size = max(1, BETWEEN_BYTES // (row_bytes * TILE))
-    if size > programs:
-        size -= size % programs
-    return [(first, min(first + size, tiles)) for first in range(0, tiles, size)]
-
-
 def backward(
     config: UnitConfig,
     tensors: UnitTensors,
@@ -98,71 +89,51 @@ def backward(
     device, two = keys.device, len(config.hidden_units) > 1
     grad_pooled = grad_pooled.contiguous()
     grad_weights = None if grad_weights is None else grad_weights.contiguous()
-    # Rows of padded keys beyond their list's length belong to no slot.
-    make = torch.zeros if config.padded_length else torch.empty
-    grad_keys = make(keys.shape, device=device)
     with on_device(keys):
         call = Packed(config, tensors)
-        tables, queries = call.tables, call.queries
-        width = dim + widths[0]
-        list_sums = torch.empty(queries, width, device=device)
-        carry = torch.empty(2 * tables.tiles, width, device=device)
-        programs = max(1, min(tables.tiles, num_programs(device, 2)))
-        first, second = (*widths, 0)[:2]
-        vectors, first_sums, second_sums, second_vectors = zeroed(
-            device, (programs, sum(vector_sizes(config))), (programs, 2, first, dim), (programs, second, first),
-            (programs, second),
-        )  # fmt: skip
+        tiles = call.tables.tiles
+        programs = max(1, min(tiles, num_programs(device, 2)))
+        results = Results(call, programs)
         shapes = constants(config)
         w1, w2 = shapes["W1"], shapes["W2"]
-        parts = batches(tables.tiles, 4 * (2 * w1 + two * (w1 + w2)), programs)
+        parts = batches(tiles, 4 * (2 * w1 + two * (w1 + w2)), programs)
         slots = (parts[0][1] - parts[0][0]) * TILE
         z1, dz1 = torch.empty(2, slots, w1, device=device)
         h1 = torch.empty(slots, w1, device=device) if two else dz1
         dz2 = torch.empty(slots, w2, device=device) if two else dz1
         grad_attention, attention = torch.empty(2, slots, device=device)
-        # Dice's two sums of every layer, times 1 / count: [H1, H1, H2, H2] flat.
-        sums = torch.zeros(2 * sum(widths), device=device)
-        nothing = vectors
         operands: dict[str, Any] = {
-            **call.layer_operands(), **tables.operands(), **call.constants(), **shapes,
-            "offset": first_layer(config, tensors).offset, "grad_pooled": grad_pooled,
-            "grad_weights": nothing if grad_weights is None else grad_weights,
-            "log_normaliser": nothing if saved.log_normaliser is None else saved.log_normaliser.contiguous(),
-            "delta": softmax_delta(call, saved, grad_pooled, grad_weights) if config.softmax else nothing,
-            "sums1": sums, "sums2": sums[2 * first :],
+            **score_operands(call, saved, grad_pooled, grad_weights, inv_count), **results.operands(), **shapes,
+            "offset": first_layer(config, tensors).offset,
             "z1": z1, "grad_attention": grad_attention, "attention": attention, "dz1": dz1, "h1": h1, "dz2": dz2,
-            "vectors": vectors, "grad_keys": grad_keys, "list_sums": list_sums, "carry": carry,
-            "scale": float(config.scale), "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,
-            "BATCH_STATISTICS": inv_count is not None, "GATHER": -1,
         }  # fmt: skip
 
-        def scores(**others: Any) -> None:
-            launch(kernels.backward_first_layer_fp32, (programs,), operands, **ROW_OPTIONS)
-            launch(kernels.backward_scores_fp32, (programs,), {**operands, **others}, **ROW_OPTIONS)
+        def scores(batch: tuple[int, int], **others: Any) -> None:
+            of_batch = {**operands, **others, "first_tile": batch[0], "end_tile": batch[1]}
+            launch(kernels.backward_first_layer_fp32, (programs,), of_batch, **ROW_OPTIONS)
+            launch(kernels.backward_scores_fp32, (programs,), of_batch, **ROW_OPTIONS)
+
+        def gather(layer: int, known: dict[str, Tensor]) -> Tensor:
+            gathered = torch.zeros(programs, 2 * widths[layer], device=device)
+            for batch in parts:
+                scores(batch, GATHER=layer, vectors=gathered, **known)
+            return gathered
 
         if inv_count is not None:
-            # Of the top layer first: what comes down to the one below has the top's in it.
-            for layer in reversed(range(len(widths))):
-                before, size = 2 * sum(widths[:layer]), 2 * widths[layer]
-                gathered = torch.zeros(programs, size, device=device)
-                for first_tile, end_tile in parts:
-                    operands |= {"first_tile": first_tile, "end_tile": end_tile}
-                    scores(GATHER=layer, vectors=gathered)
-                torch.mul(gathered.sum(0), inv_count, out=sums[before : before + size])
+            sums = sums_of_layers(widths, inv_count, gather)
+            operands |= {"sums1": sums, "sums2": sums[2 * widths[0] :]}
         capability = capability_of(device)
         of_inputs = {**operands, "BLOCK_D": input_columns(dim, capability)}
-        of_first = {**operands, "totals": first_sums, **sum_constants(config, capability)}
-        of_second = {**operands, "totals": second_sums, "vectors": second_vectors}
-        for first_tile, end_tile in parts:
-            for values in (operands, of_inputs, of_first, of_second):
-                values |= {"first_tile": first_tile, "end_tile": end_tile}
-            scores()
+        of_first = {**operands, "totals": results.first_sums, **sum_constants(config, capability)}
+        of_second = {**operands, "totals": results.second_sums, "vectors": results.second_vectors}
+        for batch in parts:
+            scores(batch, GATHER=-1, vectors=results.vectors)
+            for values in (of_inputs, of_first, of_second):
+                values |= {"first_tile": batch[0], "end_tile": batch[1]}
             grid = (programs, -(-dim // of_inputs["BLOCK_D"]))
             launch(kernels.backward_inputs_fp32, grid, of_inputs, **ROW_OPTIONS)
             grid = (programs, -(-dim // of_first["BLOCK_D"]))
             launch(kernels.first_layer_sums_fp32, grid, of_first, **SUM_OPTIONS)
             if two:
                 launch(kernels.second_layer_sums_fp32, (programs,), of_second, **SUM_OPTIONS)
-        finish_lists(tables, carry, list_sums)
-    return collect(config, tensors, grad_keys, list_sums, first_sums, second_sums, second_vectors, vectors)
+        return results.gradients()

@@ -1,7 +1,9 @@
-"""Launches of ``kernels_packed_sums.py``: what Dice in training, and gradients of softmax weights, need of all rows first."""
+"""Launches of ``kernels_packed_statistics.py`` and ``kernels_packed_sums.py``: what Dice in training, and gradients of softmax
+weights, need of all rows first."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ def serves_statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> b
 
 def moments_of_programs(call: Packed, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """As ``universal.moments_of_programs``."""
-    from . import kernels_packed_sums as kernels
+    from . import kernels_packed_statistics as kernels
 
     device, width = call.tensors.keys.device, call.config.hidden_units[layer]
     programs = max(1, min(call.tables.tiles, num_programs(device, 4)))
@@ -79,21 +81,50 @@ def fits_sums(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
     return dtype != torch.float32 and sum(_channels(config)) <= (48 if crowded else 64)
 
 
+def sums_of_layers(
+    widths: Sequence[int], inv_count: Tensor, gather: Callable[[int, dict[str, Tensor]], Tensor]
+) -> Tensor:
+    """Dice's two sums of every layer, times 1 / count: [H1, H1, H2, H2] flat. ``gather(layer, {sums1, sums2})``: those of a
+    layer by program, [P, 2 · H]; of the top layer first, as what comes down to the one below has the top's in it."""
+    sums = torch.empty(2 * sum(widths), device=inv_count.device)
+    known = {"sums1": sums, "sums2": sums[2 * widths[0] :]}
+    for layer in reversed(range(len(widths))):
+        begin, size = 2 * sum(widths[:layer]), 2 * widths[layer]
+        torch.mul(gather(layer, known).sum(0), inv_count, out=sums[begin : begin + size])
+    return sums
+
+
 def dice_sums(call: Packed, operands: dict[str, Any], inv_count: Tensor) -> Tensor:
-    """As ``universal_backward.dice_sums``, from the ``operands`` of ``backward_scores``. Of the top layer first: what comes
-    down to the one below has the top's in it."""
+    """As ``universal_backward.dice_sums``, from the ``operands`` of ``backward_scores``."""
     from . import kernels_packed_sums as kernels
 
     widths, device = call.config.hidden_units, inv_count.device
-    sums = torch.empty(2 * sum(widths), device=device)
     programs = max(1, min(call.tables.tiles, num_programs(device, 3)))
-    for layer in reversed(range(len(widths))):
-        begin, size = 2 * sum(widths[:layer]), 2 * widths[layer]
-        partial = torch.empty(programs, size, device=device)
-        of_layer = {"sums2": sums[2 * widths[0] :], "partial": partial, "LAYER": layer}
-        launch(kernels.backward_sums, (programs,), {**operands, **of_layer}, **OPTIONS)
-        torch.mul(partial.sum(0), inv_count, out=sums[begin : begin + size])
-    return sums
+
+    def gather(layer: int, known: dict[str, Tensor]) -> Tensor:
+        partial = torch.empty(programs, 2 * widths[layer], device=device)
+        of_layer = {**operands, **known, "partial": partial, "LAYER": layer}
+        launch(kernels.backward_sums, (programs,), of_layer, **OPTIONS)
+        return partial
+
+    return sums_of_layers(widths, inv_count, gather)
+
+
+def score_operands(
+    call: Packed, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None, inv_count: Tensor | None
+) -> dict[str, Any]:
+    """What the kernels of scores, backward, read in 16 bits as in fp32; one that does not exist repeats another. Gradients
+    are contiguous."""
+    config, log_normaliser = call.config, saved.log_normaliser
+    return {
+        **call.layer_operands(), **call.constants(), **call.tables.operands(), "grad_pooled": grad_pooled,
+        "grad_weights": grad_pooled if grad_weights is None else grad_weights,
+        "log_normaliser": grad_pooled if log_normaliser is None else log_normaliser.contiguous(),
+        "delta": softmax_delta(call, saved, grad_pooled, grad_weights) if config.softmax else grad_pooled,
+        "sums1": grad_pooled, "sums2": grad_pooled,  # of Dice, until they are known
+        "scale": float(config.scale), "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,
+        "BATCH_STATISTICS": inv_count is not None,
+    }  # fmt: skip
 
 
 def softmax_delta(call: Packed, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None) -> Tensor:

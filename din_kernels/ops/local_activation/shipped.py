@@ -226,6 +226,7 @@ def _packed() -> Iterator[CompileCase]:
     from . import kernels_packed_forward as up
     from . import kernels_packed_fp32 as fp32
     from . import kernels_packed_gradients as after
+    from . import kernels_packed_statistics as statistics
     from . import kernels_packed_sums as sums
 
     def cases(
@@ -270,7 +271,9 @@ def _packed() -> Iterator[CompileCase]:
         for layer in range(len(widths)):
             fits = partial(packed_sums.fits_statistics, layer=layer)
             extra = {"LAYER": layer}
-            yield from cases(f"statistics{layer}", sums.statistics_packed, config, torch.bfloat16, extra, options, fits)
+            yield from cases(
+                f"statistics{layer}", statistics.statistics_packed, config, torch.bfloat16, extra, options, fits
+            )
     for dim, widths, softmax in _PACKED_SUMS:
         config = UnitConfig("product", "dice", dim, widths, softmax=softmax)
         options, fits = packed_sums.OPTIONS, packed_sums.fits_sums

@@ -97,6 +97,19 @@ def test_no_rows(backend, device):
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_default_device(training):
+    """Tensors that the backend keeps for itself are where x is, not where the caller makes new ones; and they serve outside
+    the mode in which they were made."""
+    torch_small._constant.cache_clear()
+    case = make_case((9, 7), training=training)
+    with torch.device("meta"), torch.inference_mode():
+        dice(
+            case.x, case.alpha, case.running_mean.clone(), case.running_var.clone(), training=training, backend="torch"
+        )
+    case.check("torch")
+
+
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(2, 1), (1024, 3), (1025, 3), (1023, 256), (1024, 257)])
 def test_torch_borders(rows, width, affine, training, device):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import torch_small
 from .torch_statistics import (
+    ONE,
     Normaliser,
     batch_normaliser,
     chunks,
@@ -33,11 +34,8 @@ _SMALL = 1 << 17  # elements below which a pass costs less than finding out whet
 # ---- forward and backward of rows -----------------------------------------------------------------------------------
 
 
-_ONES = {dtype: torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
-
-
 def _one(like: Tensor) -> Tensor:
-    return _ONES[like.dtype] if like.device.type == "cpu" else like.new_ones(())
+    return ONE[like.dtype] if like.device.type == "cpu" else like.new_ones(())
 
 
 class _Gate:

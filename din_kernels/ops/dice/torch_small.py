@@ -12,24 +12,25 @@ import functools
 import torch
 from torch import Tensor
 
+from .torch_statistics import ONE
+
 _MOST_ELEMENTS = 1 << 18
 _MOST_ROWS = 1024  # what a sum over them one by one may lose stays within a few units in the last place
 
-_ONE = {dtype: torch.ones((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
-_ONE_MORE = torch.ones((), dtype=torch.int64)
+_ONE_MORE = torch.ones((), dtype=torch.int64, device="cpu")
 
 
 @functools.lru_cache(maxsize=64)
 def _constant(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
     """A number as a tensor that nobody writes to: torch takes longer over a Python number than over an addition."""
-    return torch.full(shape, value, dtype=dtype)
+    return torch.full(shape, value, dtype=dtype, device="cpu")
 
 
 def serves(x: Tensor, alpha: Tensor, weight: Tensor | None = None, running_mean: Tensor | None = None) -> bool:
     """Whether x [N, C] is small and contiguous, and everything is of its dtype."""
     dtype = x.dtype
     return (
-        x.is_cpu and dtype in _ONE and alpha.dtype is dtype and x.numel() <= _MOST_ELEMENTS and x.is_contiguous()
+        x.is_cpu and dtype in ONE and alpha.dtype is dtype and x.numel() <= _MOST_ELEMENTS and x.is_contiguous()
         and (weight is None or weight.dtype is dtype) and (running_mean is None or running_mean.dtype is dtype)
     )  # fmt: skip
 
@@ -45,7 +46,7 @@ def _normaliser(mean: Tensor, rstd: Tensor, inverse: float) -> Tensor:
 
 def _opened(z: Tensor, x: Tensor, alpha: Tensor, *, in_place: bool = False) -> Tensor:
     """y = x·(α + (1 − α)·σ(z)), in the memory of z, or of x."""
-    gate = torch.lerp(alpha, _ONE[x.dtype], z.sigmoid_(), out=z)
+    gate = torch.lerp(alpha, ONE[x.dtype], z.sigmoid_(), out=z)
     return torch.mul(x, gate, out=x) if in_place else gate.mul_(x)
 
 
@@ -107,7 +108,7 @@ def backward(
     closed = torch.mul(x, grad)  # laid out as x, whatever the strides of the gradient
     closed.addcmul_(closed, p, value=-1)
     of_alpha = closed.sum(0)
-    slope = torch.sub(_ONE[x.dtype], alpha)
+    slope = torch.sub(ONE[x.dtype], alpha)
     if training:
         affine = weight is not None
         dz = closed.mul_(p).mul_(slope)
@@ -120,7 +121,7 @@ def backward(
         dz = closed.mul_(p).mul_(slope)
         of_bias, of_weight = dz.sum(0), torch.sub(x, mean).mul_(rstd).mul_(dz).sum(0)
         dx = dz.mul_(rstd * weight)
-    dx.addcmul_(torch.lerp(alpha, _ONE[x.dtype], p, out=p), grad)
+    dx.addcmul_(torch.lerp(alpha, ONE[x.dtype], p, out=p), grad)
     if weight is None:
         of_bias = of_weight = _constant(0.0, x.dtype, x.shape[1])
     return dx, torch.stack((of_bias, of_weight, of_alpha))

@@ -12,6 +12,10 @@ _CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: smaller chunks spend their time i
 _TINY = 1 << 10  # elements below which Welford's slow but exact recurrence is one call and done
 
 
+# On the CPU, whatever the default device is.
+ONE = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of statistics and sums for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -238,7 +238,8 @@ def prepare(
         occurrences = None
     seed_tensor = None
     if stochastic_rounding:
-        seed_tensor = seed.detach().reshape(()) if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64)
+        number = seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device="cpu")
+        seed_tensor = number.detach().reshape(())
         _checks.check_tensor("seed", seed_tensor, dtypes=_checks.INDEX_DTYPES)
     if found_inf is not None:
         found_inf = _number("found_inf", found_inf, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,28 @@ def as_batch(visitor: Visitor, candidates: Candidates) -> Batch:
     )
 
 
+class Expected(NamedTuple):
+    """scores  [C] float64, the model's own logits
+    size    largest Σ|weight·input| + |bias| of the last layer: what a logit is the (perhaps much smaller) sum of, and so
+            what its rounding errors are a fraction of
+    """
+
+    scores: Tensor
+    size: float
+
+
+def expect(model: nn.Module, pair: tuple[Visitor, Candidates]) -> Expected:
+    exact = copy.deepcopy(model).double().eval()
+    last, sizes = exact.mlp.linears[-1], []
+
+    def terms(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        sizes.append(float((inputs[0].abs() @ module.weight.abs().T + module.bias.abs()).max()))
+
+    last.register_forward_hook(terms)
+    with torch.no_grad():
+        return Expected(exact(as_batch(*pair)), sizes[0])
+
+
 def expected_scores(model: nn.Module, pairs: Sequence[tuple[Visitor, Candidates]]) -> list[Tensor]:
     """The model's own logits in float64."""
-    exact = copy.deepcopy(model).double().eval()
-    with torch.no_grad():
-        return [exact(as_batch(*pair)) for pair in pairs]
+    return [expect(model, pair).scores for pair in pairs]

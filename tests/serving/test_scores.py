@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from din_kernels.serving import Candidates, DinParts, Scorer, Visitor, network
 from din_kernels.testing import compare, tolerance
 
-from ._models import SCHEMA, expected_scores, make_model, make_request
+from ._models import SCHEMA, Expected, expect, expected_scores, make_model, make_request
 
 SHAPES = [(7, 5), (3, 17), (0, 4), (1, 1), (40, 2)]
 
 
-def check(actual: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
-    """Within ``bound`` of the size of the scores, and in the same order wherever the scores tell candidates apart."""
-    assert actual.shape == expected.shape
-    size = float(expected.abs().max())
-    assert float((actual.double() - expected).abs().max()) <= bound * size
-    apart = expected.unsqueeze(0) - expected.unsqueeze(1)
+def check(actual: Tensor, expected: Expected, bound: float = 1e-6) -> None:
+    """Within ``bound`` of the size of what the scores are sums of (some 16 roundings of float32), and in the same order
+    wherever the scores tell candidates apart."""
+    scores, size = expected
+    assert actual.shape == scores.shape
+    assert float((actual.double() - scores).abs().max()) <= bound * size
+    apart = scores.unsqueeze(0) - scores.unsqueeze(1)
     got = actual.double().unsqueeze(0) - actual.double().unsqueeze(1)
     decided = apart.abs() > 2 * bound * size
     assert torch.equal(got.sign()[decided], apart.sign()[decided])
@@ -38,14 +39,13 @@ def test_scores_are_the_models(activation: str, interaction: str) -> None:
         )
         pairs = [make_request(t, c, seed=i) for i, (t, c) in enumerate(SHAPES)]
         scorer = Scorer(model, 64, 32, backend="torch")
-        for actual, expected in zip(scorer.score_many(pairs), expected_scores(model, pairs), strict=True):
-            check(actual, expected)
+        for actual, pair in zip(scorer.score_many(pairs), pairs, strict=True):
+            check(actual, expect(model, pair))
 
 
 def test_fused_model_is_scored_as_its_unfused_twin() -> None:
     pairs = [make_request(9, 6)]
-    (expected,) = expected_scores(make_model(), pairs)
-    check(Scorer(make_model(fused=True), 64, 32, backend="torch").score(*pairs[0]), expected)
+    check(Scorer(make_model(fused=True), 64, 32, backend="torch").score(*pairs[0]), expect(make_model(), pairs[0]))
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -53,8 +53,8 @@ def test_triton_backend_in_padded_buckets(softmax: bool, device: torch.device) -
     model = make_model(softmax=softmax)
     pairs = [make_request(t, c, seed=i) for i, (t, c) in enumerate([(5, 3), (0, 2), (18, 7)])]
     scorer = Scorer(copy.deepcopy(model).to(device), 20, 10, backend="triton", max_visitors=2)
-    for actual, expected in zip(scorer.score_many(pairs), expected_scores(model, pairs), strict=True):
-        check(actual, expected)
+    for actual, pair in zip(scorer.score_many(pairs), pairs, strict=True):
+        check(actual, expect(model, pair))
 
 
 def test_unit_in_bfloat16_on_the_triton_backend(device: torch.device) -> None:
@@ -72,7 +72,7 @@ def test_padded_network_with_prelu_and_cross(device: torch.device) -> None:
     model = make_model(activation="prelu", cross=True, interaction="product")
     pairs = [make_request(5, 3)]
     scorer = Scorer(copy.deepcopy(model).to(device), 8, 4, backend="triton")
-    check(scorer.score(*pairs[0]), expected_scores(model, pairs)[0])
+    check(scorer.score(*pairs[0]), expect(model, pairs[0]))
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +80,8 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [make_request(9, 23), make_request(23, 9)]
     monkeypatch.setattr(network, "CHUNK_PAIRS", 20)
     scorer = Scorer(model, 64, 32, backend="torch")
-    for actual, expected in zip(scorer.score_many(pairs), expected_scores(model, pairs), strict=True):
-        check(actual, expected)
+    for actual, pair in zip(scorer.score_many(pairs), pairs, strict=True):
+        check(actual, expect(model, pair))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -92,7 +92,7 @@ def test_slopes_at_their_ends(alpha: float) -> None:
         if hasattr(module, "alpha"):
             nn.init.constant_(module.alpha, alpha)
     pairs = [make_request(6, 5)]
-    check(Scorer(model, 64, 32, backend="torch").score(*pairs[0]), expected_scores(model, pairs)[0])
+    check(Scorer(model, 64, 32, backend="torch").score(*pairs[0]), expect(model, pairs[0]))
 
 
 def test_channels_that_hardly_vary() -> None:
@@ -103,7 +103,7 @@ def test_channels_that_hardly_vary() -> None:
             module.running_var[0] = 0.0
             module.running_var[1] = 1e6
     pairs = [make_request(6, 9)]
-    check(Scorer(model, 64, 32, backend="torch").score(*pairs[0]), expected_scores(model, pairs)[0], bound=1e-4)
+    check(Scorer(model, 64, 32, backend="torch").score(*pairs[0]), expect(model, pairs[0]), bound=1e-5)
 
 
 def test_bfloat16_tables() -> None:
@@ -115,7 +115,7 @@ def test_bfloat16_tables() -> None:
     rounded = copy.deepcopy(half).float()
     pairs = [make_request(20, 15)]
     actual = Scorer(half, 64, 32, backend="torch").score(*pairs[0])
-    check(actual, expected_scores(rounded, pairs)[0])
+    check(actual, expect(rounded, pairs[0]))
     # Against the model that was trained: what rounding two factors of every product costs (stages: tables, unit, MLP).
     found = compare(actual, expected_scores(model, pairs)[0], tolerance(torch.bfloat16, length=20, stages=3))
     assert found.ok, str(found)

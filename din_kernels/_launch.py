@@ -1,123 +1,148 @@
-"""Launching on the tensor's own device, whatever the current device is."""
+"""Launching on the tensor's own device, whatever the current device is, at a fraction of what Triton takes the host for it.
+
+At every launch Triton binds the arguments and works out anew which compiled kernel serves them, which for some thirty
+arguments takes longer than a small kernel does. Which one it is depends on little: the constants and options; the dtypes of
+tensors and whether each is aligned to 16 bytes; of integers, whether they are 1, multiples of 16, wider than 32 bits. Here
+this is the key under which the kernel that the first launch returned is kept and launched again.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _backend
+from ._interpreter import repair_interpreter
 
 # A product and the sum that it goes into are one instruction, as the budgets count them. Triton 3.10 will do so only if asked.
 FUSED = {"enable_fp_fusion": True}
 
+_NOTHING: AbstractContextManager[object] = contextlib.nullcontext()
+_NARROW = 1 << 31
+
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which Triton launches on ``tensor``'s GPU; a no-op for CPU tensors (the interpreter)."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
+    device = tensor.device
+    if device.type == "cuda":
+        return _NOTHING if device.index == torch.cuda.current_device() else torch.cuda.device(device)
     repair_interpreter()
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
-def launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], **options: Any) -> None:
-    """Launch ``kernel`` with those of ``operands`` that it takes, and Triton's ``options`` (num_warps, …).
+def _several(places: list[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """``itemgetter`` that returns a tuple for any number of places."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda source: tuple(source[place] for place in places)
 
-    By position: of some forty arguments, as the kernels here have, Triton takes a third longer to bind names."""
-    kernel[grid](*[operands[name] for name in kernel.arg_names], **options)
+
+class _Kinds(NamedTuple):
+    """Where tensors and integers are among a kernel's arguments. Of the integers, ``exact`` are those whose values Triton looks
+    at (``do_not_specialize`` excepts the others)."""
+
+    tensors: Callable[[Any], tuple[Tensor, ...]]
+    integers: Callable[[Any], tuple[int, ...]]
+    exact: Callable[[Any], tuple[int, ...]]
+
+
+class _Form:
+    """What there is to know about a kernel's arguments, and the kernels compiled for some of them.
+
+    arguments    operands -> all arguments in order
+    constants    arguments -> those that are compiled in
+    kinds        of the others, by the types of all; None if there are some that are left to Triton
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.arguments = _several(list(kernel.arg_names))
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.kinds: dict[tuple[type, ...], _Kinds | None] = {}
+        if _reuses():  # else it is the interpreter's, without these attributes
+            self.constants = _several(sorted(kernel.constexprs))
+
+    def _kinds(self, types: tuple[type, ...]) -> _Kinds | None:
+        free = [i for i in range(len(types)) if i not in set(self.kernel.constexprs)]
+        if not all(t in (int, float) or issubclass(t, Tensor) for t in (types[i] for i in free)):
+            return None
+        integers = [i for i in free if types[i] is int]
+        return _Kinds(
+            _several([i for i in free if issubclass(types[i], Tensor)]),
+            _several(integers),
+            _several([i for i in integers if not self.kernel.params[i].do_not_specialize]),
+        )
+
+    def key(self, arguments: tuple[Any, ...]) -> list[Any] | None:
+        """What, beside constants and options, chooses the compiled kernel; None where a tensor is not aligned or an integer
+        is wider than 32 bits, which are rare enough to be left to Triton."""
+        types = tuple(map(type, arguments))
+        try:
+            kinds = self.kinds[types]
+        except KeyError:
+            kinds = self.kinds[types] = self._kinds(types)
+        if kinds is None:
+            return None
+        key: list[Any] = [types]
+        addresses = 0
+        for tensor in kinds.tensors(arguments):
+            addresses |= tensor.data_ptr()
+            key.append(tensor.dtype)
+        if addresses & 15:
+            return None
+        integers = kinds.integers(arguments)
+        if integers and not (max(integers) < _NARROW and min(integers) >= -_NARROW):
+            return None
+        for value in kinds.exact(arguments):
+            key.append("1" if value == 1 else value % 16 == 0)
+        return key
 
 
 @functools.cache
-def repair_interpreter() -> None:
-    """Make Triton's interpreter (seen in 3.6) compute what the compiled kernels do.
+def _reuses() -> bool:
+    """Whether compiled kernels are launched again: where they take all arguments of the function (before Triton 3.3 not the
+    constants; from 3.6 on it is tested), and what ``_Form.key`` looks at chooses them (on AMD also how large a tensor is)."""
+    if not _backend.has_triton() or _backend.interpreting() or torch.version.hip is not None:
+        return False
+    import triton
 
-    * Run-time loop bounds, ``range(first, last)``: Triton keeps scalars as arrays of one element and converts them by
-      ``int(array)``, which NumPy 2.4 refuses for anything but zero dimensions; ``array.item()`` means the same.
-    * bfloat16 lives in arrays of its bit patterns: ``tl.dot`` multiplied the patterns as integers, conversion from
-      float32 truncated instead of rounding to nearest even, and there were no constants but 0.
-    * A comparison of scalars is labelled with the operands' dtype (seen in 3.9): broadcast, it became an integer, which
-      no load takes for a mask.
+    version = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    return version is not None and (int(version[1]), int(version[2])) >= (3, 6)
 
-    Without the interpreter, or where Triton's internals look different, nothing is changed.
-    """
-    if not (_backend.interpreting() and _backend.has_triton()):
+
+@functools.cache
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver
+
+
+_forms: dict[int, _Form] = {}  # by identity (Triton hashes a kernel by its source); a form holds on to its kernel
+
+
+def launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], **options: Any) -> None:
+    """Launch ``kernel`` with those of ``operands`` that it takes, and Triton's ``options`` (num_warps, …)."""
+    form = _forms.get(id(kernel))
+    if form is None:
+        form = _forms.setdefault(id(kernel), _Form(kernel))
+    arguments = form.arguments(operands)
+    key = form.key(arguments) if _reuses() else None
+    if key is None:
+        kernel[grid](*arguments, **options)
         return
-    from triton.runtime import interpreter
-
-    _repair_loop_bounds(interpreter)
-    _repair_bfloat16(interpreter)
-    _repair_comparisons(interpreter)
-
-
-def _repair_loop_bounds(interpreter: Any) -> None:
-    patch = getattr(interpreter, "_patch_lang_tensor", None)
-    if patch is None:
+    active = _driver().active
+    device = active.get_current_device()
+    chosen_by = (device, form.constants(arguments), *options.items(), *key)
+    compiled = form.compiled.get(chosen_by)
+    if compiled is None:
+        form.compiled[chosen_by] = kernel[grid](*arguments, **options)
         return
-
-    def patched(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)
-        # The interpreter restores attributes from the scope where it has one (3.6); older versions set them for good.
-        setter = scope[0].set_attr if scope and hasattr(scope[0], "set_attr") else setattr
-        setter(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-
-
-def _repair_bfloat16(interpreter: Any) -> None:
-    import numpy as np
-    import triton.language as tl
-
-    convert = getattr(interpreter, "_convert_float", None)
-    builder = getattr(interpreter, "InterpreterBuilder", None)
-    dot, handle = getattr(builder, "create_dot", None), getattr(interpreter, "TensorHandle", None)
-    if builder is None or convert is None or dot is None or handle is None:
-        return
-
-    def converted(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        """Bit patterns of ``data`` in the dtype ``target`` (callers view them as they need)."""
-        if source == tl.bfloat16 and target == tl.float32:
-            return data.view(np.uint16).astype(np.uint32) << np.uint32(16)
-        if source == tl.float32 and target == tl.bfloat16 and rounding is None:
-            bits = np.ascontiguousarray(data).view(np.uint32)
-            even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            rounded = ((bits + even) >> np.uint32(16)).astype(np.uint16)
-            return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)  # the sum may carry a NaN over to 0
-        return convert(data, source, target, rounding)
-
-    def widened(operand: Any) -> Any:
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        wide = converted(np.ascontiguousarray(operand.data), tl.bfloat16, tl.float32, None)
-        return handle(wide.view(np.float32), tl.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, widened(a), widened(b), *rest)
-
-    def get_bf16(self: Any, value: float) -> Any:
-        return handle(converted(np.array([value], np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16)
-
-    interpreter._convert_float = converted
-    builder.create_dot = create_dot
-    if not hasattr(builder, "get_bf16"):
-        builder.get_bf16 = get_bf16
-
-
-def _repair_comparisons(interpreter: Any) -> None:
-    import triton.language as tl
-
-    builder = getattr(interpreter, "InterpreterBuilder", None)
-    splat, handle = getattr(builder, "create_splat", None), getattr(interpreter, "TensorHandle", None)
-    if builder is None or splat is None or handle is None:
-        return
-
-    def create_splat(self: Any, shape: Any, argument: Any) -> Any:
-        if argument.data.dtype == bool and argument.dtype != tl.int1:
-            argument = handle(argument.data, tl.int1)
-        return splat(self, shape, argument)
-
-    builder.create_splat = create_splat
+    compiled[(*grid, 1, 1)[:3]](*arguments, stream=active.get_current_stream(device))

@@ -225,6 +225,7 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from din_kernels import _launch
     from din_kernels.ops.dice import function as dice
     from din_kernels.ops.dice import triton_impl as dice_launches
     from din_kernels.ops.local_activation import api as unit_call
@@ -260,6 +261,7 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
             (torch.autograd.Function, "apply", classmethod(tape.apply)),
             (torch.autograd.graph, "increment_version", lambda tensors: None),
             (JITFunction, "run", intercepted),
+            (_launch, "_reuses", lambda: False),  # every launch goes through Triton's front half
             # As in eager mode, where operators are called directly.
             *((module, "is_eager", lambda *tensors: True) for module in (dice, unit, unit_call)),
         ):

@@ -35,7 +35,7 @@ import pytest
 import torch
 
 from din_kernels._backend import interpreting
-from din_kernels._launch import repair_interpreter
+from din_kernels._interpreter import repair_interpreter
 
 from .memory_shadow import Argument, AtomicUsed, MemoryAccessError, OutOfBounds, Race, Region, Traffic, regions
 

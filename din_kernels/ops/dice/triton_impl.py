@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._launch import FUSED, on_device
+from ..._launch import FUSED, launch, on_device
 from . import kernels, kernels_backward
 
 TILE = 4096  # elements of a tile: 16 a thread
@@ -66,6 +66,7 @@ def tiling(rows: int, width: int, itemsize: int, processors: int, *, heavy: bool
     return Tiling(block_r, block_c, min(_power_of_two(parts), BLOCK_P_ELEMENTS // block_c), rows_per_part, parts)
 
 
+@functools.cache
 def launch_options(*, crowded: bool = True) -> dict[str, int]:
     """Left alone, ptxas may spill a few bytes for the sake of a third program per processor, or let one have all its
     registers. The tiling counts on two; a launch of few programs (not ``crowded``) may use all registers."""
@@ -82,19 +83,41 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiling(x: Tensor, grad: Tensor | None = None, shift: Tensor | None = None, *, waves: int = 1) -> Tiling:
-    """``shift``: only where its gradient is summed."""
-    heavy = x.stride(1) != 1 or (grad is not None and grad.stride(1) != 1) or shift is not None
-    return tiling(x.shape[0], x.shape[1], x.element_size(), _processors(x.device), heavy=heavy, waves=waves)
+class _Plan(NamedTuple):
+    """What a call's shape decides: the grid (blocks of channels, parts), and the operands that are numbers."""
+
+    grid: tuple[int, int]
+    numbers: dict[str, Any]
 
 
-def _stride(name: str, x: Tensor) -> dict[str, int]:
-    """Row stride of x in the largest unit up to 16 that divides it (see kernels.py), and the channel stride."""
-    stride, channel = x.stride()
-    unit = 16
-    while stride % unit:
-        unit //= 2
-    return {f"{name}_stride": stride // unit, f"{name}_channel": channel, f"{name.upper()}_UNIT": unit}
+def _unit(stride: int) -> int:
+    """The largest unit up to 16 that divides a stride: see kernels.py."""
+    return math.gcd(stride, 16) if stride else 16
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    rows: int, width: int, itemsize: int, device: torch.device, stride: tuple[int, ...], grad_stride: tuple[int, ...],
+    heavy: bool, waves: int,
+) -> _Plan:  # fmt: skip
+    heavy = heavy or stride[1] != 1 or grad_stride[1] != 1
+    tiles = tiling(rows, width, itemsize, _processors(device), heavy=heavy, waves=waves)
+    unit, grad_unit = _unit(stride[0]), _unit(grad_stride[0])
+    numbers = {
+        "num_rows": rows, "C": width, "x_stride": stride[0] // unit, "x_channel": stride[1], "X_UNIT": unit,
+        "grad_stride": grad_stride[0] // grad_unit, "grad_channel": grad_stride[1], "GRAD_UNIT": grad_unit,
+        "rows_per_part": tiles.rows_per_part, "num_parts": tiles.parts,
+        "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c, "BLOCK_P": tiles.block_p,
+    }  # fmt: skip
+    return _Plan((-(-width // tiles.block_c), tiles.parts), numbers)
+
+
+def _planned(x: Tensor, grad: Tensor | None = None, *, heavy: bool = False, waves: int = 1) -> _Plan:
+    rows, width = x.shape
+    stride = x.stride()
+    return _plan(
+        rows, width, x.element_size(), x.device, stride, stride if grad is None else grad.stride(), heavy, waves
+    )
 
 
 def _vectors(shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
@@ -106,38 +129,33 @@ def _vectors(shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: T
     }  # fmt: skip
 
 
-def _grid(x: Tensor, tiles: Tiling) -> tuple[int, int]:
-    return -(-x.shape[1] // tiles.block_c), tiles.parts
+def _masked(mask: Tensor | None, x: Tensor) -> dict[str, Any]:
+    if mask is None:
+        return {"mask": x, "HAS_MASK": False}
+    return {"mask": mask.contiguous().view(torch.uint8), "HAS_MASK": True}
 
 
-def _three(x: Tensor, *parts: int, shift: Tensor | None = None) -> Tensor:
+def _empty(x: Tensor) -> Tensor:
+    """As x, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _three(x: Tensor, *parts: int, four: bool = False) -> Tensor:
     """[..., 3, C], or [..., 4, C] for sums where there is a shift."""
-    return torch.empty((*parts, 3 if shift is None else 4, x.shape[1]), dtype=torch.float32, device=x.device)
+    return torch.empty((*parts, 3 + four, x.shape[1]), dtype=torch.float32, device=x.device)
 
 
-def _moments_parts(x: Tensor, mask: Tensor | None, tiles: Tiling) -> Tensor:
-    parts = _three(x, tiles.parts)
-    kernels.moments_parts[_grid(x, tiles)](
-        x, x if mask is None else mask, parts, x.shape[0], tiles.rows_per_part, **_stride("x", x), C=x.shape[1],
-        BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, HAS_MASK=mask is not None, **launch_options(),
-    )  # fmt: skip
+def _moments_parts(x: Tensor, plan: _Plan, operands: dict[str, Any]) -> Tensor:
+    """[P, 3, C]; also put among ``operands``."""
+    operands["parts"] = parts = _three(x, plan.grid[1])
+    launch(kernels.moments_parts, plan.grid, operands, **launch_options())
     return parts
 
 
-def _finish(parts: Tensor, tiles: Tiling, *, moments: bool) -> Tensor:
-    _, numbers, width = parts.shape
+def _finish(parts: Tensor, plan: _Plan, *, moments: bool) -> Tensor:
     result = torch.empty_like(parts[0])
-    kernels_backward.finish_parts[(-(-width // tiles.block_c),)](
-        parts,
-        parts.shape[0],
-        result,
-        C=width,
-        BLOCK_C=tiles.block_c,
-        BLOCK_P=tiles.block_p,
-        MOMENTS=moments,
-        HAS_SHIFT=numbers == 4,
-        **launch_options(),
-    )
+    operands = {**plan.numbers, "parts": parts, "result": result, "MOMENTS": moments, "HAS_SHIFT": len(result) == 4}
+    launch(kernels_backward.finish_parts, plan.grid[:1], operands, **launch_options())
     return result
 
 
@@ -145,13 +163,9 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """See ``torch_impl.moments``."""
     if x.shape[0] == 0:
         return _three(x).zero_()
-    tiles = _tiling(x)
+    plan = _planned(x)
     with on_device(x):
-        return _finish(_moments_parts(x, _bytes(mask), tiles), tiles, moments=True)
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+        return _finish(_moments_parts(x, plan, {**plan.numbers, **_masked(mask, x), "x": x}), plan, moments=True)
 
 
 def forward(
@@ -160,10 +174,9 @@ def forward(
     step: Tensor | float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.forward``."""
-    rows, width = x.shape
-    y, normaliser = torch.empty((rows, width), dtype=x.dtype, device=x.device), _three(x)
-    tiles = _tiling(x)
-    statistics: dict[str, Any] = {
+    y, normaliser, plan = _empty(x), _three(x), _planned(x)
+    operands: dict[str, Any] = {
+        **plan.numbers, **_vectors(shift, alpha, weight, bias), **_masked(mask, x), "x": x, "y": y,
         "running_mean": x if running_mean is None else running_mean,
         "running_var": x if running_var is None else running_var,
         "tracked": x if tracked is None else tracked,
@@ -171,22 +184,15 @@ def forward(
         "HAS_RUNNING": running_mean is not None, "HAS_TRACKED": tracked is not None,
         "STEP_POINTER": isinstance(step, Tensor),
     }  # fmt: skip
-    shape: dict[str, Any] = {
-        **_stride("x", x), "C": width, "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c
-    }  # fmt: skip
-    given = _bytes(mask)
     with on_device(x):
-        if gathered is None and rows <= COLUMNS_MAX_ROWS:
-            kernels.forward_columns[(_grid(x, tiles)[0],)](
-                x=x, mask=x if given is None else given, y=y, num_rows=rows, HAS_MASK=given is not None,
-                **statistics, **_vectors(shift, alpha, weight, bias), **shape, **launch_options(crowded=False),
-            )  # fmt: skip
+        if gathered is None and x.shape[0] <= COLUMNS_MAX_ROWS:
+            launch(kernels.forward_columns, plan.grid[:1], operands, **launch_options(crowded=False))
             return y, normaliser
-        parts = _moments_parts(x, given, tiles) if gathered is None else gathered
-        kernels.apply_training[_grid(x, tiles)](
-            x=x, y=y, parts=parts, num_parts=parts.shape[0], num_rows=rows, rows_per_part=tiles.rows_per_part,
-            BLOCK_P=tiles.block_p, **statistics, **_vectors(shift, alpha, weight, bias), **shape, **launch_options(),
-        )  # fmt: skip
+        if gathered is None:
+            _moments_parts(x, plan, operands)
+        else:
+            operands.update(parts=gathered, num_parts=len(gathered))
+        launch(kernels.apply_training, plan.grid, operands, **launch_options())
     return y, normaliser
 
 
@@ -195,7 +201,7 @@ def inference(
     eps: float, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """See ``torch_impl.inference``."""
-    y = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x if in_place else _empty(x)
     _evaluate_into(y, x, shift, alpha, weight, bias, mean, var, eps)
     return y
 
@@ -205,7 +211,7 @@ def evaluate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.evaluate``."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = _empty(x)
     return y, _evaluate_into(y, x, shift, alpha, weight, bias, mean, var, eps)
 
 
@@ -215,31 +221,21 @@ def _evaluate_into(
 ) -> Tensor:  # fmt: skip
     """Write y, which may be x; returns normaliser [3, C]."""
     normaliser = _three(x)
-    tiles = _tiling(x, waves=4)  # nothing is merged, so programs may be many
+    plan = _planned(x, waves=4)  # nothing is merged, so programs may be many
+    operands = {
+        **plan.numbers, **_vectors(shift, alpha, weight, bias), "x": x, "y": y, "running_mean": mean, "running_var": var,
+        "normaliser": normaliser, "eps": eps,
+    }  # fmt: skip
     with on_device(x):
-        kernels.apply_running[_grid(x, tiles)](
-            x=x, y=y, running_mean=mean, running_var=var, normaliser=normaliser, num_rows=x.shape[0],
-            rows_per_part=tiles.rows_per_part, eps=eps, **_vectors(shift, alpha, weight, bias), **_stride("x", x),
-            C=x.shape[1], BLOCK_R=tiles.block_r, BLOCK_C=tiles.block_c, **launch_options(),
-        )  # fmt: skip
+        launch(kernels.apply_running, plan.grid, operands, **launch_options())
     return normaliser
 
 
-def _backward_shape(grad: Tensor, x: Tensor, tiles: Tiling) -> dict[str, Any]:
-    return {
-        **_stride("grad", grad), **_stride("x", x), "C": x.shape[1], "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c,
-    }  # fmt: skip
-
-
-def _sum_parts(
-    grad: Tensor, x: Tensor, dx: Tensor | None, normaliser: Tensor, vectors: dict[str, Any], tiles: Tiling
-) -> Tensor:
-    parts = _three(x, tiles.parts, shift=vectors["shift"] if vectors["HAS_SHIFT"] else None)
-    kernels_backward.sum_parts[_grid(x, tiles)](
-        grad=grad, x=x, dx=x if dx is None else dx, parts=parts, normaliser=normaliser, num_rows=x.shape[0],
-        rows_per_part=tiles.rows_per_part, WRITE_DX=dx is not None, **vectors, **_backward_shape(grad, x, tiles),
-        **launch_options(),
-    )  # fmt: skip
+def _sum_parts(x: Tensor, dx: Tensor | None, plan: _Plan, operands: dict[str, Any]) -> Tensor:
+    """[P, 3 or 4, C]; also put among ``operands``. dx is written if given."""
+    operands["parts"] = parts = _three(x, plan.grid[1], four=operands["HAS_SHIFT"])
+    operands.update(dx=x if dx is None else dx, WRITE_DX=dx is not None)
+    launch(kernels_backward.sum_parts, plan.grid, operands, **launch_options())
     return parts
 
 
@@ -249,10 +245,10 @@ def sums(
     """See ``torch_impl.sums``."""
     if x.shape[0] == 0:
         return _three(x).zero_()
-    tiles = _tiling(x, grad)
+    plan = _planned(x, grad)
+    operands = {**plan.numbers, **_vectors(None, alpha, weight, bias), "grad": grad, "x": x, "normaliser": normaliser}
     with on_device(x):
-        parts = _sum_parts(grad, x, None, normaliser, _vectors(None, alpha, weight, bias), tiles)
-        return _finish(parts, tiles, moments=False)
+        return _finish(_sum_parts(x, None, plan, operands), plan, moments=False)
 
 
 def backward(
@@ -260,28 +256,24 @@ def backward(
     alpha: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.backward``."""
-    rows, width = x.shape
-    dx = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    vectors, tiles = _vectors(shift, alpha, weight, bias), _tiling(x, grad, shift)
+    dx, four = _empty(x), shift is not None
+    plan = _planned(x, grad, heavy=four)
+    operands: dict[str, Any] = {
+        **plan.numbers, **_vectors(shift, alpha, weight, bias), "grad": grad, "x": x, "normaliser": normaliser,
+    }  # fmt: skip
     with on_device(x):
         if not training:
-            return dx, _finish(_sum_parts(grad, x, dx, normaliser, vectors, tiles), tiles, moments=False)
-        result = _three(x, shift=shift)
-        given = _bytes(mask)
-        shared: dict[str, Any] = {
-            "grad": grad, "x": x, "mask": x if given is None else given, "dx": dx, "sums": result, "normaliser": normaliser,
-            "num_rows": rows, "HAS_MASK": given is not None, **vectors, **_backward_shape(grad, x, tiles),
-        }  # fmt: skip
-        if gathered is None and rows <= COLUMNS_MAX_ROWS:
-            kernels_backward.backward_columns[(_grid(x, tiles)[0],)](**shared, **launch_options(crowded=False))
+            return dx, _finish(_sum_parts(x, dx, plan, operands), plan, moments=False)
+        result = _three(x, four=four)
+        operands.update(_masked(mask, x), sums=result)
+        if gathered is None and x.shape[0] <= COLUMNS_MAX_ROWS:
+            operands["dx"] = dx
+            launch(kernels_backward.backward_columns, plan.grid[:1], operands, **launch_options(crowded=False))
             return dx, result
-        parts = _sum_parts(grad, x, None, normaliser, vectors, tiles) if gathered is None else gathered
-        kernels_backward.apply_gradient[_grid(x, tiles)](
-            parts=parts,
-            num_parts=parts.shape[0],
-            rows_per_part=tiles.rows_per_part,
-            BLOCK_P=tiles.block_p,
-            **shared,
-            **launch_options(),
-        )
+        if gathered is None:
+            _sum_parts(x, None, plan, operands)
+        else:
+            operands.update(parts=gathered, num_parts=len(gathered))
+        operands["dx"] = dx
+        launch(kernels_backward.apply_gradient, plan.grid, operands, **launch_options())
     return dx, result

@@ -63,7 +63,7 @@ def check(case, shift: Tensor, backend: str) -> None:
     [{}, {"masked": True, "affine": True}, {"training": False}, {"training": False, "affine": True}],
     ids=["plain", "masked-affine", "evaluation", "evaluation-affine"],
 )
-def test_shift(options, rows, backend, dtype, device, poison_scratch):
+def test_shift(options, rows, backend, dtype, device, launches, poison_scratch):
     check(*shifted_case(rows, dtype=dtype, device=device, **options), backend)
 
 
@@ -76,7 +76,7 @@ def test_shift_in_16_bits(backend, dtype, device, poison_scratch):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("rows", [40, 1300])
-def test_shift_where_running_statistics_serve(rows, backend, device):
+def test_shift_where_running_statistics_serve(rows, backend, device, launches):
     """A mask of one row: no gradient goes through statistics, and the shift's own gradient has another form."""
     case, shift = shifted_case(rows, device=device)
     case.mask = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -85,7 +85,7 @@ def test_shift_where_running_statistics_serve(rows, backend, device):
 
 
 @pytest.mark.parametrize("rows", [40, 1300])
-def test_shift_memory(rows):
+def test_shift_memory(rows, launches):
     """In bounds, no races; the shift costs no pass over the rows: as many launches, and bytes but for a vector, as without."""
     moved = []
     for with_shift in (False, True):
@@ -96,8 +96,8 @@ def test_shift_memory(rows):
             y.backward(case.grad)
         moved.append((monitor.kernels(), monitor.bytes_moved()))
     assert moved[0][0] == moved[1][0]
-    tiles = triton_impl._tiling(case.x)
-    assert 0 < moved[1][1] - moved[0][1] < 4 * 9 * 4 * (tiles.parts + 1) ** 2
+    parts = triton_impl._planned(case.x).numbers["num_parts"]
+    assert 0 < moved[1][1] - moved[0][1] < 4 * 9 * 4 * (parts + 1) ** 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -14,24 +14,34 @@ from din_kernels.ops.dice import triton_impl
 from tests.support.memory_monitor import OutOfBounds, Race, memory_monitor
 
 from ._cases import make_case
+from .conftest import NEVER
 from .test_linear import check as check_shift
 from .test_linear import shifted_case
 from .test_statistics import delicate, found_moments
 
 pytest.importorskip("triton")
 
+NAMES = ("kernels", "kernels_backward", "kernels_columns")
+
+
+@pytest.fixture(autouse=True)
+def _one_launch_up_to_1024_rows(constants):
+    constants(COLUMNS_MAX_ROWS=1024)
+
 
 @pytest.fixture
 def broken(monkeypatch, tmp_path):
-    """broken(old, new): the kernels with ``old`` replaced, everywhere it stands."""
+    """broken(old, new, …): the kernels with ``old`` replaced, everywhere it stands."""
 
-    def load(old: str, new: str) -> None:
+    def load(*changes: str) -> None:
         folder = Path(package.__file__).parent
-        sources = {name: (folder / f"{name}.py").read_text() for name in ("kernels", "kernels_backward")}
-        assert any(old in source for source in sources.values()), f"nothing to break: {old!r}"
-        for name, source in sources.items():  # in this order: the second imports from the first
+        sources = {name: (folder / f"{name}.py").read_text() for name in NAMES}
+        for old, new in zip(changes[::2], changes[1::2], strict=True):
+            assert any(old in source for source in sources.values()), f"nothing to break: {old!r}"
+            sources = {name: source.replace(old, new) for name, source in sources.items()}
+        for name, source in sources.items():  # in this order: later ones import from earlier ones
             path = tmp_path / f"{name}.py"
-            path.write_text(source.replace(old, new))
+            path.write_text(source)
             spec = importlib.util.spec_from_file_location(f"{package.__name__}.{name}", path)
             assert spec is not None
             assert spec.loader is not None
@@ -48,8 +58,8 @@ def run(rows: int = 1200, **options) -> None:
 
 
 def run_both() -> None:
-    """Two launches of three parts each, then one launch of two tiles."""
-    run(1200)
+    """Two launches of three parts of two tiles each, then one launch."""
+    run(2400)
     run(1000)
 
 
@@ -70,11 +80,44 @@ WRONG_NUMBERS = [
 
 
 @pytest.mark.parametrize(("old", "new", "where"), WRONG_NUMBERS, ids=lambda v: str(v)[:24])
-def test_wrong_numbers(broken, monkeypatch, old, new, where):
+def test_wrong_numbers(broken, constants, old, new, where):
     broken(old, new)
-    monkeypatch.setattr(triton_impl, "BLOCK_P_ELEMENTS", 16)  # parts are read two at a time
+    constants(BLOCK_P_ELEMENTS=16)  # parts are read two at a time
     with pytest.raises(AssertionError, match=f"^({where}):"):
         run_both()
+
+
+WRONG_COLUMNS = [
+    ("away = tl.where(counts, value - mean[None, :], 0.0)", "away = value - mean[None, :]", "y|running_var"),
+    ("tl.sum(away * away, 0) - left * left * count", "tl.sum(away * away, 0) + count", "y|running_var"),
+    ("tl.where(counts, 1.0, 0.0)", "1.0", "y|running_var"),
+    ("tl.sum(dz * centred, 0)", "tl.sum(dz, 0)", "dx"),
+    ("through = tl.where(counts[:, None], through, 0.0)\n    result", "result", "dx"),
+    ("(rest * scale)[None, :] * dz - through", "scale[None, :] * dz - through", "dx"),
+    ("tl.sum(closed, 0), sum_dx", "tl.sum(dz, 0), sum_dx", "dalpha"),
+    ("direct = g * (slope[None, :] + rest[None, :] * p)", "direct = g * p", "dx"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "where"), WRONG_COLUMNS, ids=range(len(WRONG_COLUMNS)))
+def test_wrong_columns(broken, old, new, where):
+    """The kernels that hold channels on chip."""
+    broken(old, new)
+    with pytest.raises(AssertionError, match=f"^({where}):"):
+        run(1000)
+
+
+def test_a_poor_mean_is_corrected(broken):
+    """The second pass of ``_tile_moments`` makes up for what the first mean is off by; without it the case would fail."""
+    poor = (
+        "tl.sum(tl.where(counts, value, 0.0), 0) / at_least_one",
+        "tl.sum(tl.where(counts, value, 0.0), 0) / (count + 8)",
+    )
+    broken(*poor)
+    run(1000)
+    broken("left = tl.sum(away, 0) / at_least_one", "left = tl.zeros_like(mean)", *poor)
+    with pytest.raises(AssertionError):
+        run(1000)
 
 
 WRONG_SHIFTS = [
@@ -84,13 +127,22 @@ WRONG_SHIFTS = [
     ("opened += g * (slope[None, :] + rest[None, :] * p)", "opened += g * p", {}, "dshift"),
     ("tl.where(inverse == 0, scale * sum_dz, 0.0)", "scale * sum_dz", {}, "dshift"),
     ("tl.where(inverse == 0, scale * sum_dz, 0.0)", "0.0", {"training": False}, "dshift"),
+    (
+        "tl.sum(direct, 0) + tl.where(inverse == 0, ",
+        "tl.sum(dz, 0) + tl.where(inverse == 0, ",
+        {"columns": True},
+        "dshift",
+    ),
+    ("value += _moved(shift, cols, C, HAS_SHIFT)[None, :]", "value += 0.0", {"columns": True}, "dx"),
 ]
 
 
 @pytest.mark.parametrize(("old", "new", "options", "where"), WRONG_SHIFTS, ids=range(len(WRONG_SHIFTS)))
-def test_wrong_shifts(broken, old, new, options, where):
+def test_wrong_shifts(broken, constants, old, new, options, where):
     """The branches for a shift, which the cases above do not enter."""
     broken(old, new)
+    if "columns" not in options:
+        constants(COLUMNS_MAX_ROWS=NEVER)
     case, shift = shifted_case(40, training=options.get("training", True))
     if "one_row" in options:
         case.mask = torch.arange(40) == 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -35,29 +37,45 @@ def test_torch_precisions(seed, dtype, device, path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", range(12))
-def test_triton(seed, dtype, device, poison_scratch):
+def test_triton(seed, dtype, device, launches, poison_scratch):
     random_case(100 + seed, max_rows=400, dtype=dtype, device=device).check("triton")
 
 
-# Several tiles and parts: two launches each way, and the merging of parts.
+# Several tiles and parts, and the merging of parts.
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("rows", "width", "how"),
     [(3000, 36, "contiguous"), (1300, 80, "sliced"), (2500, 3, "transposed"), (20000, 1, "contiguous")],
 )
-def test_triton_parts(rows, width, how, masked, device, poison_scratch):
+def test_triton_parts(rows, width, how, masked, device, two_launches, poison_scratch):
     case = make_case(
         (rows, width), how=how, masked=masked, affine=masked, momentum=None if masked else 0.1, device=device
     )
     case.check("triton")
 
 
+# Channels held on chip: as many rows as a tile has, one less, one more; blocks of one channel to 32.
 @pytest.mark.parametrize("masked", [False, True])
-def test_triton_parts_in_turns(masked, device, poison_scratch, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "width", "how"),
+    [(4096, 5, "contiguous"), (2049, 12, "sliced"), (1024, 3, "transposed"), (1023, 33, "contiguous"), (4095, 1, "contiguous"),
+     (513, 257, "every second row"), (5, 300, "contiguous")],
+)  # fmt: skip
+def test_triton_columns(rows, width, how, masked, device, poison_scratch):
+    case = make_case(
+        (rows, width), how=how, masked=masked, affine=masked, momentum=None if masked else 0.1, device=device
+    )
+    assert triton_impl._columns_planned(case.x, case.grad) is not None
+    case.check("triton")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_triton_parts_in_turns(masked, device, poison_scratch, constants):
     """More parts than are read at a time, some of which no row of the mask lies in."""
-    monkeypatch.setattr(triton_impl, "BLOCK_P_ELEMENTS", 8)
+    constants(BLOCK_P_ELEMENTS=8)
     case = make_case((6000, 16), masked=masked, device=device)
-    assert triton_impl._tiling(case.x).parts > 2 * triton_impl._tiling(case.x).block_p
+    plan = triton_impl._planned(case.x)
+    assert plan.numbers["num_parts"] > 2 * plan.numbers["BLOCK_P"]
     if masked:
         case.mask[:1536] = False
         case.mask[3072:4608] = False
@@ -77,7 +95,7 @@ def test_triton_wide(device, poison_scratch):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("how", STRIDES)
-def test_strides(how, training, device, path):
+def test_strides(how, training, device, path, launches):
     for backend in ("torch", "triton"):
         make_case((5, 9, 12), how=how, training=training, device=device).check(backend)
 
@@ -119,16 +137,19 @@ def test_torch_borders(rows, width, affine, training, device):
     make_case((rows, width), affine=affine, training=training, device=device).check("torch")
 
 
-def test_rows_cover_both_launches():
-    """The random cases above use one launch, ``test_triton_parts`` two: the border lies between them."""
-    assert 400 <= triton_impl.COLUMNS_MAX_ROWS < 1300
-
-
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("width", [1, 5, 36, 80, 200, 256, 8192])
 @pytest.mark.parametrize("rows", [0, 1, 4096, 65536, 2**31])
 def test_tilings_cover(rows, width, itemsize):
     """Parts cover all rows, none is empty, each fits 32-bit numbers, and reading parts costs less than reading rows."""
+    for backward, strided in itertools.product((False, True), (False, True)):
+        tile = triton_impl.columns_tile(rows, width, itemsize, backward=backward, strided=strided)
+        if tile is not None:
+            assert rows <= tile[0] <= max(16, 2 * rows)
+            assert tile[0] * tile[1] <= 16384 // (1 + backward) // (1 + 3 * strided)
+            assert triton_impl.columns_options(*tile)["num_warps"] <= 16
+        else:
+            assert rows > triton_impl.COLUMNS_MAX_ROWS or width == 8192 or strided
     for processors in (1, 108, 132, 304):
         t = triton_impl.tiling(rows, width, itemsize, processors)
         assert (t.parts - 1) * t.rows_per_part < max(rows, 1) <= max(1, t.parts * t.rows_per_part)

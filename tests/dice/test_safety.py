@@ -12,7 +12,7 @@ import torch
 from din_kernels import functional
 from din_kernels.ops.dice import function, triton_impl
 from din_kernels.testing import hostile_gradients
-from tests.support.memory_monitor import OutOfBounds, Race, memory_monitor
+from tests.support.memory_monitor import OutOfBounds, memory_monitor
 
 from ._cases import STRIDES, Case, make_case
 
@@ -46,8 +46,8 @@ def distributed_halves(case: Case) -> list[torch.Tensor]:
 
 
 SPREAD = {
-    "one launch": make_case((2, 37, 9), how="sliced", masked=True),
-    "two launches": make_case((1400, 20), masked=True, affine=True, momentum=None),
+    "several dimensions": make_case((2, 37, 9), how="sliced", masked=True),
+    "many rows": make_case((1400, 20), masked=True, affine=True, momentum=None),
     "transposed": make_case((1100, 17), how="transposed", dtype=torch.bfloat16),
     "evaluation": make_case((700, 36), training=False, affine=True, alpha_shape=(1,)),
     "one channel": make_case((2100, 1)),
@@ -55,7 +55,7 @@ SPREAD = {
 
 
 @pytest.mark.parametrize("name", SPREAD)
-def test_memory(name):
+def test_memory(name, launches):
     """In bounds, no race between programs or within one, no atomics; any order of programs gives the same bits."""
     case = SPREAD[name]
     expected = run_all(case)
@@ -66,8 +66,8 @@ def test_memory(name):
             assert torch.equal(one, other)
 
 
-def test_memory_of_the_halves():
-    case = SPREAD["two launches"]
+def test_memory_of_the_halves(two_launches):
+    case = SPREAD["many rows"]
     expected = distributed_halves(case)
     with memory_monitor(order="reverse") as monitor:
         found = distributed_halves(case)
@@ -76,35 +76,46 @@ def test_memory_of_the_halves():
         assert torch.equal(one, other)
 
 
-def test_monitor_sees_bad_launches(monkeypatch):
+def test_monitor_sees_bad_launches(two_launches, monkeypatch):
     """Parts that overlap are caught, and so are rows beyond the last one."""
     case = make_case((1400, 8))
-    good = triton_impl._tiling
+    good = triton_impl._planned
 
-    def overlapping(*args, **kwargs):
-        tiles = good(*args, **kwargs)
-        return tiles._replace(rows_per_part=tiles.rows_per_part // 2)
+    def launched(change):
+        def planned(*args, **kwargs):
+            plan = good(*args, **kwargs)
+            numbers, (blocks, parts) = dict(plan.numbers), plan.grid
+            return plan._replace(grid=change(numbers, blocks, parts), numbers=numbers)
 
-    def too_many(*args, **kwargs):
-        tiles = good(*args, **kwargs)
-        return tiles._replace(parts=tiles.parts + 1)
-
-    monkeypatch.setattr(triton_impl, "_tiling", overlapping)
-    with memory_monitor(raise_errors=False) as monitor:
+        monkeypatch.setattr(triton_impl, "_planned", planned)
         case.run("triton")
+
+    def overlapping(numbers, blocks, parts):
+        numbers["rows_per_part"] //= 2
+        return blocks, parts
+
+    with memory_monitor(raise_errors=False) as monitor:
+        launched(overlapping)
     missed = monitor.traffic("apply_training", "y").stores.unique
     assert missed < case.x.numel() * 4  # half of the rows are never written
-    monkeypatch.setattr(triton_impl, "_tiling", lambda *a, **k: good(*a, **k)._replace(block_c=16))
-    monkeypatch.setattr(triton_impl, "_grid", lambda x, tiles: (2, tiles.parts))
+
+    def idle(numbers, blocks, parts):
+        numbers["BLOCK_C"] = 16
+        return 2, parts
+
     with memory_monitor():
-        case.run("triton")  # idle blocks of channels touch nothing
-    monkeypatch.setattr(triton_impl, "_grid", lambda x, tiles: (1, 2 * tiles.parts))
-    with memory_monitor(), pytest.raises((OutOfBounds, Race)):
-        case.run("triton")
+        launched(idle)  # blocks of channels beyond the last one touch nothing
+
+    def too_many(numbers, blocks, parts):
+        numbers["num_parts"] += 1
+        return blocks, parts
+
+    with memory_monitor(), pytest.raises(OutOfBounds):
+        launched(too_many)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [600, 5000])
+@pytest.mark.parametrize("rows", [600, 2300, 5000])
 def test_traffic(rows, dtype):
     """Passes over the tensor. Two launches each way: 3 forward (x twice, y) and 5 backward (x and the gradient twice, dx); one
     launch each way: 2 and 3, 5 in total; evaluation 2. Eager PyTorch: 18 + 37, and 17."""
@@ -159,13 +170,13 @@ def test_saved_for_backward():
 
 
 @pytest.mark.parametrize("name", SPREAD)
-def test_repeats_are_bit_equal(name, poison_scratch):
+def test_repeats_are_bit_equal(name, launches, poison_scratch):
     for one, other in zip(run_all(SPREAD[name]), run_all(SPREAD[name]), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("rows", [33, 1100])
-def test_hostile_gradients(rows, device, poison_scratch):
+def test_hostile_gradients(rows, device, launches, poison_scratch):
     for grad in hostile_gradients((rows, 12), device=device):
         case = make_case((rows, 12), device=device, masked=True)
         case.grad = grad
@@ -208,7 +219,9 @@ def test_rows_of_a_huge_stride(device):
 def test_rows_and_strides_never_recompile():
     """Numbers of rows, and strides, are marked as not to be compiled in."""
     folder = Path(inspect.getfile(triton_impl)).parent
-    source = "".join((folder / name).read_text() for name in ("kernels.py", "kernels_backward.py"))
+    source = "".join(
+        (folder / name).read_text() for name in ("kernels.py", "kernels_backward.py", "kernels_columns.py")
+    )
     kernels = re.findall(r"@triton\.jit(?:\(do_not_specialize=\[(.*?)\]\))?\ndef ([a-z]\w+)\((.*?)\):", source, re.S)
     assert len(kernels) == 8
     free = {"num_rows", "rows_per_part", "num_parts", "x_stride", "grad_stride"}

@@ -4,8 +4,8 @@ Rows x [N, C]; a program owns BLOCK_C channels and a run of consecutive rows (a 
 [BLOCK_R, BLOCK_C]. Training reads x twice forward and (g, x) twice backward, and writes y and dx once: ``moments_parts``
 and ``sum_parts`` leave three numbers per part and channel in ``parts`` [P, 3, C]; every program of the pass that follows
 adds up the parts of its own channels, in the same order, so there is no launch between, no atomic, and one result. The
-second pass takes the parts in reverse, to find in the L2 cache what the first one read last. For few rows one program
-walks all of its channels (``*_columns``): the same steps in one launch.
+second pass takes the parts in reverse, to find in the L2 cache what the first one read last. Where a program can hold
+whole channels there is one launch each way, which reads everything once (``kernels_columns.py``).
 
 Statistics. Each of the BLOCK_R rows of a tile (a *slot*) keeps sums of x − origin and its square, where origin is the first
 value that counted in that slot: cancellation is then bounded by the tiles a program walks, and is 2 for rows in random order,
@@ -211,6 +211,28 @@ def _gate(centred, rate, offset, AFFINE: tl.constexpr):
 
 
 @triton.jit
+def _moved(shift, cols, C: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    moved = tl.zeros_like(cols).to(tl.float32)
+    if HAS_SHIFT:
+        moved = _vector(shift, cols, C)
+    return moved
+
+
+@triton.jit
+def _slope(alpha, alpha_stride, cols, C: tl.constexpr):
+    return tl.load(alpha + cols * alpha_stride, mask=cols < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _activated(value, mean, rate, offset, slope, moved, HAS_SHIFT: tl.constexpr, AFFINE: tl.constexpr):
+    """(x + shift)·(α + (1 − α)·p)."""
+    p = _gate(value - mean[None, :], rate, offset, AFFINE)
+    if HAS_SHIFT:
+        value += moved[None, :]
+    return value * (slope[None, :] + (1.0 - slope)[None, :] * p)
+
+
+@triton.jit
 def _apply_rows(
     x, y, first, rows, cols, mean, rstd, shift, alpha, alpha_stride, weight, bias, x_stride, x_channel,
     C: tl.constexpr, BLOCK_R: tl.constexpr, HAS_SHIFT: tl.constexpr, AFFINE: tl.constexpr,
@@ -218,19 +240,15 @@ def _apply_rows(
     """y = (x + shift)·(α + (1 − α)·p) for ``rows`` rows from ``first`` on; y may lie in the memory of x."""
     inside = (cols < C)[None, :]
     _, rate, offset = _folded(rstd, weight, bias, cols, C, AFFINE)
-    slope = tl.load(alpha + cols * alpha_stride, mask=cols < C, other=0.0).to(tl.float32)
-    if HAS_SHIFT:
-        moved = _vector(shift, cols, C)
+    slope = _slope(alpha, alpha_stride, cols, C)
+    moved = _moved(shift, cols, C, HAS_SHIFT)
     source, target = _offsets(x_stride, x_channel, cols, BLOCK_R), _offsets(C, 1, cols, BLOCK_R)
     x += first * x_stride
     y += first * C
     for start in range(0, rows, BLOCK_R):
         live = (start + tl.arange(0, BLOCK_R) < rows)[:, None] & inside
         value = tl.load(x + source, mask=live, other=0.0).to(tl.float32)
-        p = _gate(value - mean[None, :], rate, offset, AFFINE)
-        if HAS_SHIFT:
-            value += moved[None, :]
-        result = value * (slope[None, :] + (1.0 - slope)[None, :] * p)
+        result = _activated(value, mean, rate, offset, slope, moved, HAS_SHIFT, AFFINE)
         tl.store(y + target, result.to(y.dtype.element_ty), mask=live)
         x += BLOCK_R * x_stride
         y += BLOCK_R * C
@@ -271,29 +289,6 @@ def apply_training(
     _apply_rows(
         x, y, first, rows, cols, mean, rstd, shift, alpha, alpha_stride, weight, bias,
         tl.cast(x_stride, tl.int64) * X_UNIT, x_channel, C, BLOCK_R, HAS_SHIFT, AFFINE,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_rows", "x_stride"])
-def forward_columns(
-    x, mask, y, shift, running_mean, running_var, tracked, step, normaliser, alpha, alpha_stride, weight, bias,
-    num_rows, x_stride, x_channel, eps,
-    C: tl.constexpr, X_UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, HAS_RUNNING: tl.constexpr, HAS_TRACKED: tl.constexpr, STEP_POINTER: tl.constexpr,
-    AFFINE: tl.constexpr,
-):  # fmt: skip
-    """``moments_parts`` and ``apply_training`` in one launch, for few rows: one program does all rows of its channels."""
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, rows = _part(0, num_rows, num_rows)
-    stride = tl.cast(x_stride, tl.int64) * X_UNIT
-    count, mean, m2 = _row_moments(x, mask, first, rows, cols, stride, x_channel, C, BLOCK_R, BLOCK_C, HAS_MASK)
-    mean, rstd = _normaliser(
-        count, mean, m2, shift, running_mean, running_var, tracked, step, eps, normaliser, cols, C,
-        C, HAS_SHIFT, HAS_RUNNING, HAS_TRACKED, STEP_POINTER,
-    )  # fmt: skip
-    _apply_rows(
-        x, y, first, rows, cols, mean, rstd, shift, alpha, alpha_stride, weight, bias, stride, x_channel,
-        C, BLOCK_R, HAS_SHIFT, AFFINE,
     )  # fmt: skip
 
 

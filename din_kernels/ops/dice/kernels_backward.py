@@ -1,4 +1,4 @@
-"""Triton kernels of Dice, backward: a pass that sums and a pass that writes dx, or both in one launch; see kernels.py.
+"""Triton kernels of Dice, backward: a pass that sums and a pass that writes dx; see kernels.py.
 
 With HAS_SHIFT there are four sums, not three: the gradient of the shift is Σ dx. What goes through the batch's statistics
 adds up to −rstd·weight·Σ dz and cancels the sigmoid's share, so Σ dx = Σ g·(α + (1 − α)·p), to which rstd·weight·Σ dz is
@@ -8,7 +8,7 @@ added where running statistics normalised.
 import triton
 import triton.language as tl
 
-from .kernels import _folded, _gate, _limit, _merge_parts, _offsets, _part, _store_three, _vector
+from .kernels import _folded, _gate, _limit, _merge_parts, _offsets, _part, _slope, _store_three, _vector
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _row_sums(
     """
     inside = (cols < C)[None, :]
     scale, rate, offset = _folded(rstd, weight, bias, cols, C, AFFINE)
-    slope = tl.load(alpha + cols * alpha_stride, mask=cols < C, other=0.0).to(tl.float32)
+    slope = _slope(alpha, alpha_stride, cols, C)
     rest = 1.0 - slope
     up, source = _offsets(grad_stride, grad_channel, cols, BLOCK_R), _offsets(x_stride, x_channel, cols, BLOCK_R)
     target = _offsets(C, 1, cols, BLOCK_R)
@@ -103,7 +103,7 @@ def _gradient_rows(
     slot = tl.arange(0, BLOCK_R)
     inside = (cols < C)[None, :]
     scale, rate, offset = _folded(rstd, weight, bias, cols, C, AFFINE)
-    slope = tl.load(alpha + cols * alpha_stride, mask=cols < C, other=0.0).to(tl.float32)
+    slope = _slope(alpha, alpha_stride, cols, C)
     rest = 1.0 - slope
     if HAS_SHIFT:
         moved = _vector(shift, cols, C)
@@ -175,30 +175,6 @@ def apply_gradient(
         _vector(normaliser + 2 * C, cols, C), sum_dz, sum_slanted, shift, alpha, alpha_stride, weight, bias,
         tl.cast(grad_stride, tl.int64) * GRAD_UNIT, grad_channel, tl.cast(x_stride, tl.int64) * X_UNIT, x_channel,
         C, BLOCK_R, HAS_MASK, HAS_SHIFT, AFFINE,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_rows", "x_stride", "grad_stride"])
-def backward_columns(
-    grad, x, mask, dx, sums, normaliser, shift, alpha, alpha_stride, weight, bias,
-    num_rows, grad_stride, grad_channel, x_stride, x_channel,
-    C: tl.constexpr, GRAD_UNIT: tl.constexpr, X_UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_SHIFT: tl.constexpr, AFFINE: tl.constexpr,
-):  # fmt: skip
-    """``sum_parts`` and ``apply_gradient`` in one launch, for few rows: one program does all rows of its channels."""
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, rows = _part(0, num_rows, num_rows)
-    up_stride, stride = tl.cast(grad_stride, tl.int64) * GRAD_UNIT, tl.cast(x_stride, tl.int64) * X_UNIT
-    mean, rstd = _vector(normaliser, cols, C), _vector(normaliser + C, cols, C)
-    inverse = _vector(normaliser + 2 * C, cols, C)
-    sum_dz, sum_slanted, sum_closed, sum_dx = _row_sums(
-        grad, x, dx, first, rows, cols, mean, rstd, inverse, shift, alpha, alpha_stride, weight, bias,
-        up_stride, grad_channel, stride, x_channel, C, BLOCK_R, BLOCK_C, HAS_SHIFT, AFFINE, False,
-    )  # fmt: skip
-    _store_sums(sums, cols, sum_dz, sum_slanted, sum_closed, sum_dx, C, C, HAS_SHIFT)
-    _gradient_rows(
-        grad, x, mask, dx, first, rows, cols, mean, rstd, inverse, sum_dz, sum_slanted, shift,
-        alpha, alpha_stride, weight, bias, up_stride, grad_channel, stride, x_channel, C, BLOCK_R, HAS_MASK, HAS_SHIFT, AFFINE,
     )  # fmt: skip
 
 

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
-from . import kernels, kernels_backward
+from . import kernels, kernels_backward, kernels_columns
 
 TILE = 4096  # elements of a tile: 16 a thread
 NUM_WARPS = 8
 BLOCK_P_ELEMENTS = 1024  # numbers of a kind that a program takes from ``parts`` at a time
-COLUMNS_MAX_ROWS = 1024  # up to here one program takes all rows of its channels: half the launches
+
+# Up to so many rows a program holds its channels on chip: half the launches, and everything is read once.
+COLUMNS_MAX_ROWS = 4096
+COLUMNS_FORWARD, COLUMNS_BACKWARD = 16384, 8192  # elements of a program: 32 or 16 for each of 512 threads
+SEGMENTS = 1 << 20  # pieces of rows narrower than a sector of 32 bytes, which the L2 cache hands out whole
 
 
 class Tiling(NamedTuple):
@@ -66,14 +70,38 @@ def tiling(rows: int, width: int, itemsize: int, processors: int, *, heavy: bool
     return Tiling(block_r, block_c, min(_power_of_two(parts), BLOCK_P_ELEMENTS // block_c), rows_per_part, parts)
 
 
+def columns_tile(
+    rows: int, width: int, itemsize: int, *, backward: bool = False, strided: bool = False
+) -> tuple[int, int] | None:
+    """(BLOCK_R, BLOCK_C) of programs that hold all rows of their channels; None where two launches serve better.
+
+    strided  channels are not next to one another: each element has an address
+    """
+    if rows > COLUMNS_MAX_ROWS:
+        return None
+    most = (COLUMNS_BACKWARD if backward else COLUMNS_FORWARD) // (4 if strided else 1)
+    block_r = _power_of_two(max(rows, 16))
+    block_c = min(block_of_channels(width, itemsize), most // block_r)
+    if block_c == 0:
+        return None
+    blocks = -(-width // block_c)
+    return (block_r, block_c) if block_c * itemsize >= 32 or rows * blocks <= SEGMENTS else None
+
+
 @functools.cache
-def launch_options(*, crowded: bool = True) -> dict[str, int]:
+def launch_options(warps: int = NUM_WARPS, registers: int = 128) -> dict[str, int]:
     """Left alone, ptxas may spill a few bytes for the sake of a third program per processor, or let one have all its
-    registers. The tiling counts on two; a launch of few programs (not ``crowded``) may use all registers."""
-    options: dict[str, int] = {"num_warps": NUM_WARPS, "num_stages": 1, **FUSED}
+    registers. The tiling counts on two programs of eight warps, with 128 registers a thread."""
+    options: dict[str, int] = {"num_warps": warps, "num_stages": 1, **FUSED}
     if torch.version.hip is None:
-        options["maxnreg"] = 128 if crowded else 255
+        options["maxnreg"] = registers
     return options
+
+
+def columns_options(block_r: int, block_c: int) -> dict[str, int]:
+    """16 elements a thread or more; one program may take all registers of a processor."""
+    warps = max(4, min(16, block_r * block_c // 512))
+    return launch_options(warps, min(255, 2048 // warps))
 
 
 @functools.cache
@@ -84,10 +112,11 @@ def _processors(device: torch.device) -> int:
 
 
 class _Plan(NamedTuple):
-    """What a call's shape decides: the grid (blocks of channels, parts), and the operands that are numbers."""
+    """What a call's shape decides: the grid (blocks of channels, parts), the operands that are numbers, and options."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     numbers: dict[str, Any]
+    options: dict[str, int]
 
 
 def _unit(stride: int) -> int:
@@ -95,29 +124,52 @@ def _unit(stride: int) -> int:
     return math.gcd(stride, 16) if stride else 16
 
 
+def _numbers(
+    rows: int, width: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], block_r: int, block_c: int
+) -> dict[str, Any]:
+    unit, grad_unit = _unit(stride[0]), _unit(grad_stride[0])
+    return {
+        "num_rows": rows, "C": width, "x_stride": stride[0] // unit, "x_channel": stride[1], "X_UNIT": unit,
+        "grad_stride": grad_stride[0] // grad_unit, "grad_channel": grad_stride[1], "GRAD_UNIT": grad_unit,
+        "BLOCK_R": block_r, "BLOCK_C": block_c,
+    }  # fmt: skip
+
+
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    rows: int, width: int, itemsize: int, device: torch.device, stride: tuple[int, ...], grad_stride: tuple[int, ...],
+    rows: int, width: int, itemsize: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], device: torch.device,
     heavy: bool, waves: int,
 ) -> _Plan:  # fmt: skip
     heavy = heavy or stride[1] != 1 or grad_stride[1] != 1
     tiles = tiling(rows, width, itemsize, _processors(device), heavy=heavy, waves=waves)
-    unit, grad_unit = _unit(stride[0]), _unit(grad_stride[0])
     numbers = {
-        "num_rows": rows, "C": width, "x_stride": stride[0] // unit, "x_channel": stride[1], "X_UNIT": unit,
-        "grad_stride": grad_stride[0] // grad_unit, "grad_channel": grad_stride[1], "GRAD_UNIT": grad_unit,
-        "rows_per_part": tiles.rows_per_part, "num_parts": tiles.parts,
-        "BLOCK_R": tiles.block_r, "BLOCK_C": tiles.block_c, "BLOCK_P": tiles.block_p,
+        **_numbers(rows, width, stride, grad_stride, tiles.block_r, tiles.block_c),
+        "rows_per_part": tiles.rows_per_part, "num_parts": tiles.parts, "BLOCK_P": tiles.block_p,
     }  # fmt: skip
-    return _Plan((-(-width // tiles.block_c), tiles.parts), numbers)
+    return _Plan((-(-width // tiles.block_c), tiles.parts), numbers, launch_options())
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns_plan(
+    rows: int, width: int, itemsize: int, stride: tuple[int, ...], grad_stride: tuple[int, ...] | None
+) -> _Plan | None:
+    """``grad_stride``: for backward."""
+    strided = stride[1] != 1 or (grad_stride is not None and grad_stride[1] != 1)
+    tile = columns_tile(rows, width, itemsize, backward=grad_stride is not None, strided=strided)
+    if tile is None:
+        return None
+    numbers = _numbers(rows, width, stride, stride if grad_stride is None else grad_stride, *tile)
+    return _Plan((-(-width // tile[1]),), numbers, columns_options(*tile))
 
 
 def _planned(x: Tensor, grad: Tensor | None = None, *, heavy: bool = False, waves: int = 1) -> _Plan:
-    rows, width = x.shape
     stride = x.stride()
-    return _plan(
-        rows, width, x.element_size(), x.device, stride, stride if grad is None else grad.stride(), heavy, waves
-    )
+    return _plan(*x.shape, x.element_size(), stride, stride if grad is None else grad.stride(), x.device, heavy, waves)
+
+
+def _columns_planned(x: Tensor, grad: Tensor | None = None) -> _Plan | None:
+    """The plan for one launch, None if there must be two."""
+    return _columns_plan(*x.shape, x.element_size(), x.stride(), None if grad is None else grad.stride())
 
 
 def _vectors(shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
@@ -148,14 +200,14 @@ def _three(x: Tensor, *parts: int, four: bool = False) -> Tensor:
 def _moments_parts(x: Tensor, plan: _Plan, operands: dict[str, Any]) -> Tensor:
     """[P, 3, C]; also put among ``operands``."""
     operands["parts"] = parts = _three(x, plan.grid[1])
-    launch(kernels.moments_parts, plan.grid, operands, **launch_options())
+    launch(kernels.moments_parts, plan.grid, operands, **plan.options)
     return parts
 
 
 def _finish(parts: Tensor, plan: _Plan, *, moments: bool) -> Tensor:
     result = torch.empty_like(parts[0])
     operands = {**plan.numbers, "parts": parts, "result": result, "MOMENTS": moments, "HAS_SHIFT": len(result) == 4}
-    launch(kernels_backward.finish_parts, plan.grid[:1], operands, **launch_options())
+    launch(kernels_backward.finish_parts, plan.grid[:1], operands, **plan.options)
     return result
 
 
@@ -174,7 +226,9 @@ def forward(
     step: Tensor | float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.forward``."""
-    y, normaliser, plan = _empty(x), _three(x), _planned(x)
+    y, normaliser = _empty(x), _three(x)
+    single = _columns_planned(x) if gathered is None else None
+    plan = single or _planned(x)
     operands: dict[str, Any] = {
         **plan.numbers, **_vectors(shift, alpha, weight, bias), **_masked(mask, x), "x": x, "y": y,
         "running_mean": x if running_mean is None else running_mean,
@@ -185,14 +239,14 @@ def forward(
         "STEP_POINTER": isinstance(step, Tensor),
     }  # fmt: skip
     with on_device(x):
-        if gathered is None and x.shape[0] <= COLUMNS_MAX_ROWS:
-            launch(kernels.forward_columns, plan.grid[:1], operands, **launch_options(crowded=False))
+        if single is not None:
+            launch(kernels_columns.forward_columns, plan.grid, operands, **plan.options)
             return y, normaliser
         if gathered is None:
             _moments_parts(x, plan, operands)
         else:
             operands.update(parts=gathered, num_parts=len(gathered))
-        launch(kernels.apply_training, plan.grid, operands, **launch_options())
+        launch(kernels.apply_training, plan.grid, operands, **plan.options)
     return y, normaliser
 
 
@@ -227,7 +281,7 @@ def _evaluate_into(
         "normaliser": normaliser, "eps": eps,
     }  # fmt: skip
     with on_device(x):
-        launch(kernels.apply_running, plan.grid, operands, **launch_options())
+        launch(kernels.apply_running, plan.grid, operands, **plan.options)
     return normaliser
 
 
@@ -235,7 +289,7 @@ def _sum_parts(x: Tensor, dx: Tensor | None, plan: _Plan, operands: dict[str, An
     """[P, 3 or 4, C]; also put among ``operands``. dx is written if given."""
     operands["parts"] = parts = _three(x, plan.grid[1], four=operands["HAS_SHIFT"])
     operands.update(dx=x if dx is None else dx, WRITE_DX=dx is not None)
-    launch(kernels_backward.sum_parts, plan.grid, operands, **launch_options())
+    launch(kernels_backward.sum_parts, plan.grid, operands, **plan.options)
     return parts
 
 
@@ -257,7 +311,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.backward``."""
     dx, four = _empty(x), shift is not None
-    plan = _planned(x, grad, heavy=four)
+    single = _columns_planned(x, grad) if training and gathered is None else None
+    plan = single or _planned(x, grad, heavy=four)
     operands: dict[str, Any] = {
         **plan.numbers, **_vectors(shift, alpha, weight, bias), "grad": grad, "x": x, "normaliser": normaliser,
     }  # fmt: skip
@@ -266,14 +321,14 @@ def backward(
             return dx, _finish(_sum_parts(x, dx, plan, operands), plan, moments=False)
         result = _three(x, four=four)
         operands.update(_masked(mask, x), sums=result)
-        if gathered is None and x.shape[0] <= COLUMNS_MAX_ROWS:
+        if single is not None:
             operands["dx"] = dx
-            launch(kernels_backward.backward_columns, plan.grid[:1], operands, **launch_options(crowded=False))
+            launch(kernels_columns.backward_columns, plan.grid, operands, **plan.options)
             return dx, result
         if gathered is None:
             _sum_parts(x, None, plan, operands)
         else:
             operands.update(parts=gathered, num_parts=len(gathered))
         operands["dx"] = dx
-        launch(kernels_backward.apply_gradient, plan.grid, operands, **launch_options())
+        launch(kernels_backward.apply_gradient, plan.grid, operands, **plan.options)
     return dx, result

@@ -1,0 +1,43 @@
+"""Both ways of launching the Triton kernels, whatever the size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from din_kernels.ops.dice import triton_impl
+
+NEVER = -1
+
+
+def _forget() -> None:
+    triton_impl._plan.cache_clear()
+    triton_impl._columns_plan.cache_clear()
+
+
+@pytest.fixture
+def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``constants(COLUMNS_MAX_ROWS=…)``: other constants of ``triton_impl`` for one test."""
+
+    def change(**values: int) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(triton_impl, name, value)
+        _forget()
+
+    yield change
+    _forget()  # later calls may use a plan made with these; they are undone after this fixture
+
+
+@pytest.fixture
+def two_launches(constants: Callable[..., None]) -> None:
+    constants(COLUMNS_MAX_ROWS=NEVER)
+
+
+@pytest.fixture(params=["one", "two"])
+def launches(request: pytest.FixtureRequest, constants: Callable[..., None]) -> int:
+    """1 where a program holds its channels on chip, up to ``COLUMNS_MAX_ROWS`` rows; 2 always."""
+    if request.param == "one":
+        return 1
+    constants(COLUMNS_MAX_ROWS=NEVER)
+    return 2

@@ -7,8 +7,9 @@ import torch
 
 from din_kernels import functional
 from din_kernels.modules import Dice
-from din_kernels.ops.dice import triton_impl
+from din_kernels.ops.dice import torch_statistics, triton_impl
 from din_kernels.ops.dice.function import forward_op, moments_op
+from din_kernels.ops.dice.torch_statistics import moments_of
 
 from ._cases import by_definition, make_case
 
@@ -118,6 +119,36 @@ def test_sums_have_a_good_origin(backend, device):
     # sorted rows: means of parts, handed on in float32, differ by as much as the rows do
     rounding = 2e-5 + 0.2 * wide.mean(0).abs() * 2.0**-23 / deviation.clamp(min=1e-30)
     assert ((got_var - deviation.square()).abs() <= rounding * deviation.square()).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "sorted", "outliers", "transposed"])
+@pytest.mark.parametrize(("deviation", "mean"), [(1e-7, 1e-3**0.5), (1e-3, 100.0), (1.0, 0.0), (1.0, 1e4)])
+@pytest.mark.parametrize("rows", [4096, 9000])
+def test_sums_of_batch_normalisation(rows, deviation, mean, kind):
+    """The torch backend's statistics of large inputs on CPUs: float32 sums in turn, over few rows and from near the mean."""
+    x = torch.randn(rows, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(rows)) * deviation + mean
+    x = x.float()
+    if kind == "sorted":
+        x = x.sort(0).values
+    elif kind == "outliers":
+        x[0] += 1e4 * deviation
+        x[rows // 2] -= 3e3 * deviation
+    elif kind == "transposed":
+        x = x.T.contiguous().T
+    assert x.numel() >= torch_statistics._NATIVE_ELEMENTS
+    count, got_mean, m2 = moments_of(x, None)
+    wide = x.double()
+    assert count == rows
+    off = (got_mean - wide.mean(0)).abs()
+    assert (off <= abs(mean) * 2.0**-24 + 2e-6 * wide.std(0)).all()
+    torch.testing.assert_close(m2.double() / rows, wide.var(0, unbiased=False), rtol=5e-5, atol=0)
+
+
+def test_a_poor_guess_of_the_mean_would_show(monkeypatch):
+    """What the differences are for: with values as they are, ``test_sums_of_batch_normalisation`` fails."""
+    monkeypatch.setattr(torch, "sub", lambda values, near, out: torch.mul(values, 1.0, out=out))
+    with pytest.raises(AssertionError):
+        test_sums_of_batch_normalisation(4096, 1e-3, 100.0, "random")
 
 
 @pytest.mark.parametrize("backend", SUMMED)

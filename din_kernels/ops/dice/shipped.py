@@ -87,7 +87,7 @@ def compile_cases() -> list[CompileCase]:
     for width in (80, 8192):
         cases += [_case(kernel, width, fp16) for kernel in two_passes]
     for rows, width, dtype in (
-        (4096, 200, fp32), (4096, 200, bf16), (4096, 1, fp32), (1024, 256, bf16), (1024, 8192, fp32), (256, 80, fp16),
+        (4096, 200, fp32), (4096, 200, bf16), (4096, 1, fp32), (2048, 200, bf16), (1024, 8192, fp32), (256, 80, fp16),
         (32, 16, fp32),
     ):  # fmt: skip
         cases += [_case(kernel, width, dtype, rows=rows) for kernel in columns]

@@ -23,6 +23,7 @@ BLOCK_P_ELEMENTS = 1024  # numbers of a kind that a program takes from ``parts``
 # Up to so many rows a program holds its channels on chip: half the launches, and everything is read once.
 COLUMNS_MAX_ROWS = 4096
 COLUMNS_FORWARD, COLUMNS_BACKWARD = 16384, 8192  # elements of a program: 32 or 16 for each of 512 threads
+COLUMNS_BLOCKS = 128  # about as many as there are processors: nothing else is parallel
 SEGMENTS = 1 << 20  # pieces of rows narrower than a sector of 32 bytes, which the L2 cache hands out whole
 
 
@@ -40,13 +41,13 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def block_of_channels(width: int, itemsize: int) -> int:
-    """Channels of a program: 32 to 128 bytes of a row, as wide as leaves eight blocks.
+def block_of_channels(width: int, itemsize: int, blocks: int = 8) -> int:
+    """Channels of a program: 32 to 128 bytes of a row, as wide as leaves so many blocks.
 
     More blocks mean fewer parts for as many programs, and every program reads all parts of its channels.
     """
     block, narrowest = 128 // itemsize, 32 // itemsize
-    while block > narrowest and -(-width // block) < 8:
+    while block > narrowest and -(-width // block) < blocks:
         block //= 2
     return min(block, _power_of_two(width))
 
@@ -81,7 +82,7 @@ def columns_tile(
         return None
     most = (COLUMNS_BACKWARD if backward else COLUMNS_FORWARD) // (4 if strided else 1)
     block_r = _power_of_two(max(rows, 16))
-    block_c = min(block_of_channels(width, itemsize), most // block_r)
+    block_c = min(block_of_channels(width, itemsize, COLUMNS_BLOCKS), most // block_r)
     if block_c == 0:
         return None
     blocks = -(-width // block_c)

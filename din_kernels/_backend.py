@@ -74,6 +74,22 @@ def check_name(backend: str | None) -> None:
         raise ValueError(f"backend must be None, 'triton' or 'torch', got {backend!r}")
 
 
+_VARIABLE = "DIN_KERNELS_BACKEND"
+# Every call asks for a variable that is hardly ever set, and ``os.environ`` takes longer to say so than a small operation takes
+# to run: it raises and catches. What lies behind it in CPython is a dictionary.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_key = os.environ.encodekey(_VARIABLE) if _environment is not os.environ else _VARIABLE
+
+
+@while_tracing
+def _requested() -> str | None:
+    """The backend that ``DIN_KERNELS_BACKEND`` names; None where it names none, or "auto"."""
+    if _key not in _environment:
+        return None
+    requested = os.environ[_VARIABLE].strip().lower()
+    return None if requested in ("", "auto") else requested
+
+
 _too_old: dict[torch.device, str] = {}
 
 
@@ -111,8 +127,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
     """
     check_name(backend)
     if backend is None:
-        requested = os.environ.get("DIN_KERNELS_BACKEND", "").strip().lower() or None
-        if requested in (None, "auto"):
+        requested = _requested()
+        if requested is None:
             if device.type != "cuda" or not has_triton():
                 return "torch"
             reason = why_too_old(device)

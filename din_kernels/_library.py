@@ -19,6 +19,7 @@ NAMESPACE = "din_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _defined: set[str] = set()
 _EVERYWHERE = "CompositeExplicitAutograd"
+_PLAIN = (Tensor, torch.nn.Parameter)
 _implementations: dict[Any, Callable[..., Any]] = {}
 
 
@@ -54,7 +55,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if tensor is not None and (tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter)):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
             return False
     return _get_current_dispatch_mode() is None
 

@@ -68,9 +68,9 @@ class Dice(nn.Module):
         """x [..., C] -> the same; ``mask`` [...] bool selects the rows that count in the statistics of training;
         ``shift`` [C] is added to x first; ``overwrite``: x is not needed afterwards (see ``functional.dice``)."""
         # Looked up as nn.Module would do it, which takes as long as a small operation, unless they are somewhere else by now.
-        alpha, mean, var = (
-            self._parameters.get("alpha"), self._buffers.get("running_mean"), self._buffers.get("running_var")
-        )  # fmt: skip
+        buffers, training = self._buffers, self.training
+        alpha, mean, var = self._parameters.get("alpha"), buffers.get("running_mean"), buffers.get("running_var")
+        tracked = buffers.get("num_batches_tracked") if training else None
         return dice(
             x,
             self.alpha if alpha is None else alpha,
@@ -80,8 +80,8 @@ class Dice(nn.Module):
             bias=self.bias if self.affine else None,
             shift=shift,
             mask=mask,
-            num_batches_tracked=self.num_batches_tracked if self.training else None,
-            training=self.training,
+            num_batches_tracked=self.num_batches_tracked if training and tracked is None else tracked,
+            training=training,
             momentum=self.momentum,
             eps=self.eps,
             process_group=self.process_group,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
+from . import torch_small
 from .function import DiceFunction, Running, compute, implementation, is_eager
 
 MAX_WIDTH = 8192  # channels the kernels serve; the torch backend has no limit
@@ -20,31 +21,39 @@ def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> Non
 
 
 def _is_plain(
-    x: Tensor, alpha: Tensor, running: Running, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    shift: Tensor | None,
+    x: Tensor, alpha: Tensor, mean: Tensor | None, var: Tensor | None, tracked: Tensor | None, momentum: float | None,
+    eps: float,
 ) -> bool:  # fmt: skip
-    """Whether the arguments are what nearly every call passes, so that small calls need not pay for all the checks."""
-    if not (weight is bias is mask is shift is None and type(x) is Tensor and x.dim() >= 1):
+    """Whether these are what nearly every call passes, and right: small calls need not pay for ``_check``."""
+    if not (type(x) is Tensor and isinstance(alpha, Tensor) and isinstance(mean, Tensor) and isinstance(var, Tensor)):
         return False
-    mean, var, tracked, momentum = running.mean, running.var, running.tracked, running.momentum
-    if not (isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(alpha, Tensor)):
-        return False
-    dtype, device, width = x.dtype, x.device, x.shape[-1:]
+    dtype, kept, width = x.dtype, mean.dtype, x.shape[-1:]
     return (
-        width[0] > 0 and dtype in _checks.FLOAT_DTYPES
-        and alpha.dtype == mean.dtype == var.dtype == dtype and alpha.shape == mean.shape == var.shape == width
-        and alpha.device == mean.device == var.device == device and mean.is_contiguous() and var.is_contiguous()
-        and type(momentum) is float and 0.0 <= momentum <= 1.0 and running.eps >= 0.0
-        and (tracked is None or (tracked.dtype == torch.int64 and tracked.dim() == 0 and tracked.device == device))
+        (kept is torch.float32 or kept is dtype) and alpha.dtype is kept and var.dtype is kept
+        and dtype in _checks.FLOAT_DTYPES and len(width) == 1 and width[0] > 0
+        and alpha.shape == width and mean.shape == width and var.shape == width
+        and mean.is_contiguous() and var.is_contiguous()
+        and type(momentum) is float and 0.0 <= momentum <= 1.0 and eps >= 0.0
+        and (tracked is None or (isinstance(tracked, Tensor) and tracked.dtype is torch.int64 and tracked.dim() == 0))
+        and _are_together(x, alpha, mean, var, tracked)
+    )  # fmt: skip
+
+
+def _are_together(x: Tensor, alpha: Tensor, mean: Tensor, var: Tensor, tracked: Tensor | None) -> bool:
+    """Whether all are on one device; to compare devices takes longer than to ask whether they are the CPU."""
+    if x.is_cpu:
+        return alpha.is_cpu and mean.is_cpu and var.is_cpu and (tracked is None or tracked.is_cpu)
+    device = x.device
+    return (
+        alpha.device == device and mean.device == device and var.device == device
+        and (tracked is None or tracked.device == device)
     )  # fmt: skip
 
 
 def _check(
-    x: Tensor, alpha: Tensor, running: Running, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    shift: Tensor | None, training: bool,
+    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, mask: Tensor | None,
+    mean: Tensor | None, var: Tensor | None, tracked: Tensor | None, momentum: float | None, eps: float, training: bool,
 ) -> None:  # fmt: skip
-    if _is_plain(x, alpha, running, weight, bias, mask, shift):
-        return
     _checks.check_tensor("x", x, dtypes=_checks.FLOAT_DTYPES)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must have shape [..., C] with at least one channel, got {list(x.shape)}")
@@ -53,27 +62,27 @@ def _check(
     if alpha.numel() not in (1, width) or alpha.dim() > 2:
         raise ValueError(f"alpha must have shape [C], [C, 1] or [1] for C = {width} channels, got {list(alpha.shape)}")
     for name, value in (
-        ("weight", weight), ("bias", bias), ("shift", shift), ("running_mean", running.mean), ("running_var", running.var)
+        ("weight", weight), ("bias", bias), ("shift", shift), ("running_mean", mean), ("running_var", var)
     ):  # fmt: skip
         _check_vector(name, value, width, x)
-    for name, value in (("running_mean", running.mean), ("running_var", running.var)):
+    for name, value in (("running_mean", mean), ("running_var", var)):
         if value is not None and not value.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {value.stride()}: it is updated in place")
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias must be given together, or neither")
-    if (running.mean is None) != (running.var is None):
+    if (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must be given together, or neither")
-    if running.mean is None and not training:
+    if mean is None and not training:
         raise ValueError("running_mean and running_var are needed when training=False: Dice normalises with them")
-    if running.tracked is not None:
-        _checks.check_tensor("num_batches_tracked", running.tracked, shape=(), dtypes=(torch.int64,), device=x.device)
-    if running.momentum is None:
-        if training and running.mean is not None and running.tracked is None:
+    if tracked is not None:
+        _checks.check_tensor("num_batches_tracked", tracked, shape=(), dtypes=(torch.int64,), device=x.device)
+    if momentum is None:
+        if training and mean is not None and tracked is None:
             raise ValueError("momentum=None averages over all batches and needs num_batches_tracked to count them")
-    elif not 0.0 <= running.momentum <= 1.0:
-        raise ValueError(f"momentum must be None or between 0 and 1, got {running.momentum}")
-    if not running.eps >= 0.0:
-        raise ValueError(f"eps must not be negative, got {running.eps}")
+    elif not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must be None or between 0 and 1, got {momentum}")
+    if not eps >= 0.0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     if mask is not None:
         _checks.check_tensor(
             "mask", mask, shape=x.shape[:-1], dtypes=(torch.bool,), device=x.device, layout_hint=" [...]"
@@ -150,23 +159,46 @@ def dice(
             ``mask`` or ``process_group``, which has no variance.
         BackendUnavailable: an explicit backend that cannot serve here.
     """
-    running = Running(running_mean, running_var, num_batches_tracked, momentum, eps)
-    _check(x, alpha, running, weight, bias, mask, shift, training)
-    width = x.shape[-1]
+    plain = weight is bias is shift is mask is None and _is_plain(
+        x, alpha, running_mean, running_var, num_batches_tracked, momentum, eps
+    )
+    if not plain:
+        _check(
+            x, alpha, weight, bias, shift, mask, running_mean, running_var, num_batches_tracked, momentum, eps, training
+        )
+    shape = x.shape
+    width = shape[-1]
     served_by = choose_backend(backend, x, width)
     if shift is not None and process_group is not None:
         raise ValueError("shift and process_group cannot be combined: add the shift to x")
-    rows = x if x.dim() == 2 else x.reshape(-1, width)  # a view would be one more node for autograd to visit
+    rows = x if len(shape) == 2 else x.reshape(-1, width)  # a view would be one more node for autograd to visit
     if training and mask is None and process_group is None and rows.shape[0] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    if alpha.shape != (width,):
-        alpha = alpha.reshape(-1).expand(width)
-    if mask is not None:
-        mask = mask.reshape(-1) if training else None
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    if not plain:
+        if alpha.shape != (width,):
+            alpha = alpha.reshape(-1).expand(width)
+        if mask is not None:
+            mask = mask.reshape(-1) if training else None
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad or alpha.requires_grad
+        or (not plain and any(t is not None and t.requires_grad for t in (weight, bias, shift)))
+    )  # fmt: skip
+    eager = is_eager(rows)
+    if (
+        served_by == "torch" and eager and mask is shift is process_group is None
+        and (momentum is not None or num_batches_tracked is None)
+        and torch_small.serves(rows, training, alpha, weight, bias, running_mean, running_var)
+    ):  # fmt: skip
+        y = torch_small.dice(
+            rows, alpha, weight, bias, running_mean, running_var, num_batches_tracked, momentum or 0.0, eps,
+            training=training, recorded=recorded, in_place=overwrite,
+        )  # fmt: skip
+        return y if len(shape) == 2 else y.reshape(shape)
+    running = Running(running_mean, running_var, num_batches_tracked, momentum, eps)
     call = (rows, alpha, weight, bias, mask, running, training, process_group, served_by, shift)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*call[:4], shift)):
+    if recorded:
         y = DiceFunction.apply(*call)
-    elif not training and is_eager(rows):
+    elif eager and not training:
         assert running_mean is not None
         assert running_var is not None
         y = implementation(served_by).inference(
@@ -185,4 +217,4 @@ def dice(
     if training and served_by == "triton" and not torch.compiler.is_compiling():
         # Autograd must notice a graph that was recorded with the old values and is used after this.
         torch.autograd.graph.increment_version([t for t in (running_mean, running_var) if t is not None])
-    return y if x.dim() == 2 else y.reshape(x.shape)
+    return y if len(shape) == 2 else y.reshape(shape)

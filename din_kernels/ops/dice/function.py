@@ -10,6 +10,7 @@ is 0 when running statistics normalised, which no gradient goes through.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Running(NamedTuple):
     eps: float
 
 
+@functools.cache
 def implementation(backend: str) -> ModuleType:
     if backend == "torch":
         return torch_impl
@@ -162,22 +164,32 @@ class DiceFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, normaliser, alpha, weight, bias, mask, shift = ctx.saved_tensors
-        local = gathered = None
-        if ctx.training and ctx.group is not None:
-            local = _call(sums_op, grad, x, normaliser, alpha, weight, bias, ctx.backend)
-            gathered = gather(local, ctx.group)
-        dx, sums = _call(
-            backward_op, grad, x, shift, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend
-        )
-        # Parameters get the gradient of this process's rows; averaging them over processes is the trainer's business.
-        own = sums if local is None else local
+        # What ``once_differentiable`` does takes as long as two small operations, for nothing unless a graph is wanted.
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad)
 
-        def gradient(row: int, parameter: Tensor | None) -> Tensor | None:
-            return None if parameter is None else own[row].to(parameter.dtype)
 
-        return (
-            dx, gradient(2, alpha), gradient(1, weight), gradient(0, bias), None, None, None, None, None, gradient(3, shift)
-        )  # fmt: skip
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, normaliser, alpha, weight, bias, mask, shift = ctx.saved_tensors
+    local = gathered = None
+    if ctx.training and ctx.group is not None:
+        local = _call(sums_op, grad, x, normaliser, alpha, weight, bias, ctx.backend)
+        gathered = gather(local, ctx.group)
+    dx, sums = _call(
+        backward_op, grad, x, shift, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend
+    )
+    # Parameters get the gradient of this process's rows; averaging them over processes is the trainer's business.
+    own = sums if local is None else local
+
+    def gradient(row: int, parameter: Tensor | None) -> Tensor | None:
+        if parameter is None:
+            return None
+        found = own[row]
+        return found if found.dtype == parameter.dtype else found.to(parameter.dtype)
+
+    return (
+        dx, gradient(2, alpha), gradient(1, weight), gradient(0, bias), None, None, None, None, None, gradient(3, shift)
+    )  # fmt: skip
+
+
+_gradients_once = once_differentiable(_gradients)

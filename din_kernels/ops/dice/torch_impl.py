@@ -196,10 +196,10 @@ def forward(
     if (
         plain
         and isinstance(step, float)
-        and torch_small.serves_statistics(x)
-        and torch_small.serves(x, alpha, weight, running_mean)
+        and torch_small.serves(x, True, alpha, weight, bias, running_mean, running_var)
     ):
-        return torch_small.forward(x, alpha, weight, bias, running_mean, running_var, tracked, step, eps)
+        y, mean, rstd = torch_small.forward(x, alpha, weight, bias, running_mean, running_var, tracked, step, eps)
+        return y, Normaliser(mean, rstd, 1 / x.shape[0]).packed()
     z = _shifted(x, shift)
     count, mean, m2 = moments_of(z, mask) if gathered is None else merge(*gathered.unbind(1))
     normaliser = batch_normaliser(count, mean, m2, running_mean, running_var, tracked, step, eps)
@@ -219,7 +219,7 @@ def inference(
     eps: float, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [N, C] of ``evaluate`` alone; in the memory of x if ``in_place``."""
-    if shift is None and torch_small.serves(x, alpha, weight, mean):
+    if shift is None and torch_small.serves(x, False, alpha, weight, bias, mean, var):
         return torch_small.inference(x, alpha, weight, bias, mean, var, eps, in_place=in_place)
     mean, rstd, _ = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     if shift is not None:
@@ -238,8 +238,9 @@ def evaluate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
-    if shift is None and torch_small.serves(x, alpha, weight, mean):
-        return torch_small.evaluate(x, alpha, weight, bias, mean, var, eps)
+    if shift is None and torch_small.serves(x, False, alpha, weight, bias, mean, var):
+        y, kept, rstd = torch_small.evaluate(x, alpha, weight, bias, mean, var, eps)
+        return y, Normaliser(kept, rstd, 0.0).packed()
     normaliser = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     z = _shifted(x, shift)
     gate = _Gate(z, normaliser.mean, normaliser.rstd, alpha, weight, bias)
@@ -272,10 +273,12 @@ def backward(
         z = _shifted(x, shift)
         dx, total = backward(grad, z, None, mask, wide, gathered, alpha, weight, bias, training)
         return dx.to(x.dtype), torch.cat((total, dx.sum(0, keepdim=True)))
-    plain = mask is None and gathered is None
-    if plain and torch_small.serves(x, alpha, weight) and (not training or torch_small.serves_statistics(x)):
-        return torch_small.backward(grad, x, normaliser, alpha, weight, bias, training)
     mean, rstd, inverse = normaliser.to(wide_dtype(x.dtype)).unbind(0)
+    plain = mask is None and gathered is None and grad.dtype is x.dtype
+    if plain and torch_small.serves(x, training, alpha, weight, bias):
+        dx, of_alpha, *affine = torch_small.backward(grad, x, mean, rstd, alpha, weight, bias, training)
+        of_weight, of_bias = (torch.zeros_like(mean),) * 2 if weight is None else affine
+        return dx, torch.stack((of_bias, of_weight, of_alpha))
     gate = _Gate(x, mean, rstd, alpha, weight, bias)
     dx = torch.empty(x.shape, dtype=gate.wide, device=x.device)
     needed = weight is not None or (training and gathered is None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._library import define
+from ..._library import define, is_eager, run
 from ..local_activation import function as unit
 from ..local_activation import torch_impl
 from ..local_activation.dice_statistics import Moments, Used, used
@@ -169,29 +169,31 @@ class GatheredActivationFunction(torch.autograd.Function):
             item_table, category_table, ids.key_item, ids.key_category, query, starts, ends,
             weights, biases, alphas, means, rstds,
         )  # fmt: skip
+        eager = is_eager(item_table, category_table, *parameters)
         found: list[Used] = []
         if call.activation == "dice":
             wide = torch.float64 if query.dtype == torch.float64 else torch.float32
             for layer, eps in enumerate(call.eps):
                 mean, var = running[2 * layer : 2 * layer + 2]
                 if call.training:
-                    found.append(used(Moments(*statistics_op(*arguments, layer, *config)), mean, var, eps))
+                    moments = Moments(*run(statistics_op, eager, *arguments, layer, *config))
+                    found.append(used(moments, mean, var, eps))
                     mean, rstd = found[-1].used_mean, found[-1].rstd
                 else:
                     mean, rstd = mean.to(wide), torch.rsqrt(var.to(wide) + eps)
                 means.append(mean)
                 rstds.append(rstd)
-        pooled, attention, log_normaliser = forward_op(*arguments, call.return_weights, *config)
+        pooled, attention, log_normaliser = run(forward_op, eager, *arguments, call.return_weights, *config)
         inv_count = found[-1].inverse if found else None
         ctx.call, ctx.config, ctx.depth, ctx.num_statistics = call, config, depth, len(means)
         ctx.save_for_backward(
             item_table, category_table, starts, ends, *ids, pooled, attention, log_normaliser, inv_count,
             *means, *rstds, *parameters,
         )  # fmt: skip
-        moments = [tensor for each in found for tensor in each[:3]]
-        ctx.mark_non_differentiable(*moments)
+        of_layers = [tensor for each in found for tensor in each[:3]]
+        ctx.mark_non_differentiable(*of_layers)
         ctx.set_materialize_grads(False)
-        return (pooled, attention, *moments)
+        return (pooled, attention, *of_layers)
 
     @staticmethod
     @once_differentiable
@@ -207,8 +209,10 @@ class GatheredActivationFunction(torch.autograd.Function):
         weights, biases, alphas = _unpack(call, parameters)
         # Gathered again: Q rows are cheaper to read twice than to hold from forward to backward.
         query = rows_of(item_table, category_table, ids.query_item, ids.query_category)
-        of_query, of_keys, *grads = backward_op(
-            torch.zeros_like(pooled) if grad_pooled is None else grad_pooled,
+        if grad_pooled is None:
+            grad_pooled = torch.zeros_like(pooled)
+        of_query, of_keys, *grads = run(
+            backward_op, is_eager(grad_pooled, item_table, category_table, *parameters), grad_pooled,
             grad_attention if call.return_weights else None, pooled, attention if call.return_weights else None,
             log_normaliser if call.softmax else None, inv_count,
             item_table, category_table, ids.key_item, ids.key_category, query, starts, ends,

@@ -99,7 +99,7 @@ class PreparedUpdate:
         names = STATE_NAMES[self.optimizer]
         lr, scale = self.lr, self.grad_scale
         with torch.no_grad():  # as a decorator it would break graphs under torch.compile
-            function._apply_op(
+            function.apply(
                 self.weight.detach(),
                 self.state[names[0]] if names else None,
                 self.state[names[1]] if len(names) > 1 else None,

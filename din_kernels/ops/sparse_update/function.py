@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import _backend, _launch, _library
+from ... import _backend
+from ..._launch import FUSED, launch, on_device
+from ..._library import define, is_eager, run
 from . import torch_impl
 from .plan import key_dtype
 
@@ -35,6 +38,7 @@ class LaunchConfig:
     num_warps: int
 
 
+@functools.lru_cache(maxsize=256)
 def launch_config(width: int, optimizer: str) -> LaunchConfig:
     """Shipped configuration: one warp up to 256 columns, two and four above; never more than 80 registers a thread."""
     block_d = max(2, 1 << (width - 1).bit_length())  # Triton 3.9 fails to compile tiles of one column
@@ -50,7 +54,8 @@ def launch_config(width: int, optimizer: str) -> LaunchConfig:
 
 def plan(ids: Tensor, num_rows: int, padding: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """Sorted keys and order of ``ids``; see ``SparsePlan``."""
-    keys, order = _plan_op(ids, num_rows, padding, _backend.resolve(backend, ids.device))
+    served_by = _backend.resolve(backend, ids.device)
+    keys, order = run(_plan_op, is_eager(ids), ids, num_rows, padding, served_by)
     return keys, order
 
 
@@ -62,11 +67,12 @@ def _plan(ids: Tensor, num_rows: int, padding: int, backend: str) -> tuple[Tenso
     flat = ids.reshape(-1).contiguous()
     keys = torch.empty(flat.numel(), dtype=key_dtype(num_rows), device=flat.device)
     if flat.numel():
-        block = 1024
-        with _launch.on_device(flat):
-            kernels.make_keys[(-(-flat.numel() // block),)](
-                flat, keys, flat.numel(), num_rows, padding, BLOCK=block, num_warps=4
-            )
+        count, block = flat.numel(), 1024
+        operands = {
+            "ids": flat, "keys": keys, "N": count, "num_rows": num_rows, "padding_idx": padding, "BLOCK": block
+        }  # fmt: skip
+        with on_device(flat):
+            launch(kernels.make_keys, (-(-count // block),), operands, num_warps=4)
     sorted_keys, order = torch.sort(keys, stable=True)
     return sorted_keys, order
 
@@ -76,10 +82,11 @@ def _plan_fake(ids: Tensor, num_rows: int, padding: int, backend: str) -> tuple[
     return flat.new_empty(flat.shape, dtype=key_dtype(num_rows)), flat.new_empty(flat.shape, dtype=torch.int64)
 
 
-_plan_op = _library.define(
+_plan_op = define(
     "sparse_plan(Tensor ids, int num_rows, int padding, str backend) -> (Tensor, Tensor)",
     fake=_plan_fake,
     impls={"CPU": _plan, "CUDA": _plan},
+    direct=_plan,
 )
 
 
@@ -190,26 +197,42 @@ def _launch_update(
     chunks = -(-n // CHUNK)
     groups = chunks // GROUP
     carry = torch.empty((2, chunks, width), dtype=torch.float32, device=weight.device)
-    counts = torch.empty((2, chunks), dtype=torch.int32, device=weight.device) if regularizer == "difacto" else None
+    carry_in, carry_out = carry.unbind(0)
+    counts_in = counts_out = keys
+    if regularizer == "difacto":
+        counts_in, counts_out = torch.empty((2, chunks), dtype=torch.int32, device=weight.device).unbind(0)
+    group_sums = carry
+    if groups > 1:
+        group_sums = torch.empty((groups, width), dtype=torch.float32, device=weight.device)
     # Arguments a specialisation never touches still need a pointer.
-    shared: dict[str, Any] = {
+    operands: dict[str, Any] = {
         "keys": keys,
+        "order": order,
+        "grad": grad,
         "weight": weight,
         "state0": weight if state0 is None else state0,
         "state1": weight if state1 is None else state1,
         "occurrences": keys if occurrences is None else occurrences,
-        "carry_in": carry[0],
-        "carry_out": carry[1],
-        "counts_in": keys if counts is None else counts[0],
-        "counts_out": keys if counts is None else counts[1],
+        "carry_in": carry_in,
+        "carry_out": carry_out,
+        "counts_in": counts_in,
+        "counts_out": counts_out,
+        "group_sums": group_sums,
         "found_inf": carry if found_inf is None else found_inf,
         "N": n,
         "num_rows": num_rows,
+        "stride_gn": grad.stride(0),
+        "stride_gd": grad.stride(1),
         "stride_w": weight.stride(0),
         **hyper,
         "D": width,
         "BLOCK_D": config.block_d,
         "CHUNK": CHUNK,
+        "LANES": config.lanes,
+        "UNROLL": config.unroll,
+        "GROUP": GROUP,
+        "ROWS": config.rows,
+        "GROUPED": groups > 1,
         "OPTIMIZER": OPTIMIZERS.index(optimizer),
         "REGULARIZER": REGULARIZERS.index(regularizer),
         # For SGD both kinds of decay are one formula; one choice makes them equal to the bit.
@@ -220,41 +243,31 @@ def _launch_update(
         "SCALE_POINTER": isinstance(hyper["grad_scale"], Tensor),
         "BIAS_POINTER": isinstance(hyper["bias"], Tensor),
         "SEED_POINTER": isinstance(hyper["seed"], Tensor),
-        "num_warps": config.num_warps,
-        **_launch.FUSED,
     }
-    with _launch.on_device(weight):
-        kernels.update_chunks[(-(-chunks // config.lanes),)](
-            order=order,
-            grad=grad,
-            stride_gn=grad.stride(0),
-            stride_gd=grad.stride(1),
-            LANES=config.lanes,
-            UNROLL=config.unroll,
-            **shared,
-        )
+    options: dict[str, Any] = {"num_warps": config.num_warps, **FUSED}
+    with on_device(weight):
+        launch(kernels.update_chunks, (-(-chunks // config.lanes),), operands, **options)
         if chunks == 1:
             return
-        group_sums = carry
         if groups > 1:
-            group_sums = torch.empty((groups, width), dtype=torch.float32, device=weight.device)
-            kernels.sum_groups[(groups,)](
-                keys, carry[0], group_sums, n, num_rows,
-                D=width, BLOCK_D=config.block_d, CHUNK=CHUNK, GROUP=GROUP, ROWS=config.rows, num_warps=config.num_warps,
-            )  # fmt: skip
-        kernels.finish_cut_runs[(chunks - 1,)](
-            group_sums=group_sums, GROUP=GROUP, ROWS=config.rows, GROUPED=groups > 1, **shared
-        )
+            launch(kernels.sum_groups, (groups,), operands, num_warps=config.num_warps)
+        launch(kernels.finish_cut_runs, (chunks - 1,), operands, **options)
 
 
-_apply_op = _library.define(
+_apply_op = define(
     "sparse_update_(Tensor(a!) weight, Tensor(b!)? state0, Tensor(c!)? state1, Tensor(d!)? step, Tensor keys, Tensor order, "
     "Tensor grad, Tensor? occurrences, Tensor? lr_tensor, Tensor? scale_tensor, Tensor? seed, Tensor? found_inf, "
     "float lr, float grad_scale, float reg_lambda, float eps, float beta1, float beta2, "
     "str optimizer, str regularizer, bool coupled, str backend) -> ()",
     fake=lambda *args, **kwargs: None,
     impls={"CPU": _apply, "CUDA": _apply},
+    direct=_apply,
 )
+
+
+def apply(*arguments: Any) -> None:
+    """The operator, where autograd records nothing. weight, keys and grad are the first, fifth and seventh argument."""
+    run(_apply_op, is_eager(arguments[0], arguments[4], arguments[6]), *arguments)
 
 
 class MBAEmbeddingFunction(torch.autograd.Function):

@@ -4,6 +4,9 @@ At every launch Triton binds the arguments and works out anew which compiled ker
 arguments takes longer than a small kernel does. Which one it is depends on little: the constants and options; the dtypes of
 tensors and whether each is aligned to 16 bytes; of integers, whether they are 1, multiples of 16, wider than 32 bits. Here
 this is the key under which the kernel that the first launch returned is kept and launched again.
+
+Triton's settings (``TRITON_DEBUG``, …) are those of the first launch; but hooks are called, and kernels instrumented, as soon
+as a profiler asks for it. ``tests/tooling/test_launch.py`` launches everything both ways.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -42,87 +45,112 @@ def _several(places: list[Any]) -> Callable[[Any], tuple[Any, ...]]:
     """``itemgetter`` that returns a tuple for any number of places."""
     if len(places) > 1:
         return itemgetter(*places)
-    return lambda source: tuple(source[place] for place in places)
+    if not places:
+        return lambda source: ()
+    (only,) = places
+    return lambda source: (source[only],)
 
 
-class _Kinds(NamedTuple):
-    """Where tensors and integers are among a kernel's arguments. Of the integers, ``exact`` are those whose values Triton looks
-    at (``do_not_specialize`` excepts the others)."""
+_dtype, _address = attrgetter("dtype"), Tensor.data_ptr
+_KNOWN = (int, float, bool, type(None), tuple)  # of which int and tuple take a closer look
 
-    tensors: Callable[[Any], tuple[Tensor, ...]]
-    integers: Callable[[Any], tuple[int, ...]]
-    exact: Callable[[Any], tuple[int, ...]]
+
+class _Kinds:
+    """Where what is among arguments of given types. ``vague``: the places of integers whose values Triton does not look at."""
+
+    def __init__(self, types: tuple[type, ...], constants: Collection[int] = (), vague: Collection[int] = ()) -> None:
+        free = [i for i in range(len(types)) if i not in constants]
+        integers = [i for i in free if types[i] is int]
+        self.constants = _several(sorted(constants))
+        self.tensors = _several([i for i in free if issubclass(types[i], Tensor)])
+        self.integers = _several(integers)
+        self.exact = _several([i for i in integers if i not in vague])
+        self.tuples = [i for i in free if types[i] is tuple]
+        self.known = all(types[i] in _KNOWN or issubclass(types[i], Tensor) for i in free)
+        self.compiled: dict[tuple[Any, ...], _Again] = {}
+
+    def key(self, arguments: tuple[Any, ...]) -> list[Any] | None:
+        """What, beside types and options, chooses the compiled kernel; None if there is what only Triton knows about."""
+        if not self.known:
+            return None
+        tensors = self.tensors(arguments)
+        key = [*self.constants(arguments), *map(_dtype, tensors)]
+        addresses, any_of_them = [*map(_address, tensors)], 0
+        for address in addresses:
+            any_of_them |= address
+        if any_of_them & 15:
+            key.append(tuple([address & 15 == 0 for address in addresses]))
+        integers = self.integers(arguments)
+        if integers and not (max(integers) < _NARROW and min(integers) >= -_NARROW):
+            key.append(tuple("i32" if -_NARROW <= i < _NARROW else "i64" if i < 1 << 63 else "u64" for i in integers))
+        for value in self.exact(arguments):
+            key.append("1" if value == 1 else value % 16 == 0)
+        for place in self.tuples:
+            members = arguments[place]
+            types = tuple(map(type, members))
+            inner = _kinds_of_members(types).key(members)
+            if inner is None:
+                return None
+            key.append((types, *inner))
+        return key
+
+
+_kinds_of_members = functools.cache(_Kinds)
 
 
 class _Form:
-    """What there is to know about a kernel's arguments, and the kernels compiled for some of them.
-
-    arguments    operands -> all arguments in order
-    constants    arguments -> those that are compiled in
-    kinds        of the others, by the types of all; None if there are some that are left to Triton
-    """
+    """What there is to know about a kernel's arguments: their order, and what is where by their types."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.arguments = _several(list(kernel.arg_names))
-        self.compiled: dict[tuple[Any, ...], Any] = {}
-        self.kinds: dict[tuple[type, ...], _Kinds | None] = {}
-        if _reuses():  # else it is the interpreter's, without these attributes
-            self.constants = _several(sorted(kernel.constexprs))
+        self.kinds: dict[tuple[type, ...], _Kinds] = {}
 
-    def _kinds(self, types: tuple[type, ...]) -> _Kinds | None:
-        free = [i for i in range(len(types)) if i not in set(self.kernel.constexprs)]
-        if not all(t in (int, float) or issubclass(t, Tensor) for t in (types[i] for i in free)):
-            return None
-        integers = [i for i in free if types[i] is int]
-        return _Kinds(
-            _several([i for i in free if issubclass(types[i], Tensor)]),
-            _several(integers),
-            _several([i for i in integers if not self.kernel.params[i].do_not_specialize]),
-        )
-
-    def key(self, arguments: tuple[Any, ...]) -> list[Any] | None:
-        """What, beside constants and options, chooses the compiled kernel; None where a tensor is not aligned or an integer
-        is wider than 32 bits, which are rare enough to be left to Triton."""
-        types = tuple(map(type, arguments))
-        try:
-            kinds = self.kinds[types]
-        except KeyError:
-            kinds = self.kinds[types] = self._kinds(types)
-        if kinds is None:
-            return None
-        key: list[Any] = [types]
-        addresses = 0
-        for tensor in kinds.tensors(arguments):
-            addresses |= tensor.data_ptr()
-            key.append(tensor.dtype)
-        if addresses & 15:
-            return None
-        integers = kinds.integers(arguments)
-        if integers and not (max(integers) < _NARROW and min(integers) >= -_NARROW):
-            return None
-        for value in kinds.exact(arguments):
-            key.append("1" if value == 1 else value % 16 == 0)
-        return key
+    def learn(self, types: tuple[type, ...]) -> _Kinds:
+        parameters = getattr(self.kernel, "params", None)
+        if parameters is None:  # not a function of Triton's, but something around one
+            kinds = _Kinds(types)
+            kinds.known = False
+        else:
+            vague = {i for i, parameter in enumerate(parameters) if parameter.do_not_specialize}
+            kinds = _Kinds(types, frozenset(self.kernel.constexprs), vague)
+        return self.kinds.setdefault(types, kinds)
 
 
 @functools.cache
-def _reuses() -> bool:
-    """Whether compiled kernels are launched again: where they take all arguments of the function (before Triton 3.3 not the
-    constants; from 3.6 on it is tested), and what ``_Form.key`` looks at chooses them (on AMD also how large a tensor is)."""
-    if not _backend.has_triton() or _backend.interpreting() or torch.version.hip is not None:
-        return False
+def _version() -> tuple[int, int]:
     import triton
 
-    version = re.match(r"(\d+)\.(\d+)", triton.__version__)
-    return version is not None and (int(version[1]), int(version[2])) >= (3, 6)
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 @functools.cache
-def _driver() -> Any:
+def _triton() -> tuple[Any, Any] | None:
+    """Triton's driver and knobs; None where compiled kernels are not launched again. They are where they take all arguments of
+    the function (before Triton 3.3 not the constants; from 3.6 on it is tested), and where what ``_Kinds.key`` looks at chooses
+    them (on AMD also how large a tensor is)."""
+    if not _backend.has_triton() or _backend.interpreting() or torch.version.hip is not None or _version() < (3, 6):
+        return None
+    from triton import knobs
     from triton.runtime import driver
 
-    return driver
+    return driver, knobs
+
+
+class _Again(NamedTuple):
+    """A compiled kernel and what ``compiled[grid]`` would look up; ``run`` is None where that may look different."""
+
+    compiled: Any
+    run: Any
+    function: Any
+    metadata: Any
+
+    @classmethod
+    def of(cls, launched: Any) -> _Again:
+        compiled = launched.result() if hasattr(launched, "result") else launched  # compiled in another thread
+        run = compiled.run if _version() <= (3, 9) else None
+        return cls(compiled, run, compiled.function, compiled.packed_metadata)
 
 
 _forms: dict[int, _Form] = {}  # by identity (Triton hashes a kernel by its source); a form holds on to its kernel
@@ -134,15 +162,36 @@ def launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], **op
     if form is None:
         form = _forms.setdefault(id(kernel), _Form(kernel))
     arguments = form.arguments(operands)
-    key = form.key(arguments) if _reuses() else None
-    if key is None:
+    triton = _triton()
+    if triton is None:
         kernel[grid](*arguments, **options)
         return
-    active = _driver().active
-    device = active.get_current_device()
-    chosen_by = (device, form.constants(arguments), *options.items(), *key)
-    compiled = form.compiled.get(chosen_by)
-    if compiled is None:
-        form.compiled[chosen_by] = kernel[grid](*arguments, **options)
+    driver, knobs = triton
+    types = tuple(map(type, arguments))
+    kinds = form.kinds.get(types) or form.learn(types)
+    key = kinds.key(arguments)
+    if key is None or knobs.compilation.instrumentation_mode:
+        kernel[grid](*arguments, **options)
         return
-    compiled[(*grid, 1, 1)[:3]](*arguments, stream=active.get_current_stream(device))
+    active = driver.active
+    device = active.get_current_device()
+    chosen_by = (device, *options.items(), *key)
+    again = kinds.compiled.get(chosen_by)
+    if again is None:
+        launched = kernel[grid](*arguments, **options)
+        if launched is not None:  # else a hook of Triton's has kept it from compiling
+            kinds.compiled[chosen_by] = _Again.of(launched)
+        return
+    compiled, run, function, metadata = again
+    grid = (*grid, 1, 1)[:3]
+    stream = active.get_current_stream(device)
+    if run is None or _hooked(knobs.runtime):
+        compiled[grid](*arguments, stream=stream)
+    else:
+        run(*grid, stream, function, metadata, None, None, None, *arguments)
+
+
+def _hooked(runtime: Any) -> Any:
+    """Whether anybody wants to be called before or after a launch. A hook may be a chain of several, or none."""
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave)

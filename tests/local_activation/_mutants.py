@@ -27,12 +27,15 @@ def load_mutant(
         path = directory / f"{name}.py"
         path.write_text(source)
         full = f"{package.__name__}.{name}"
-        importlib.import_module(full)
+        original = importlib.import_module(full)
         spec = importlib.util.spec_from_file_location(full, path)
         assert spec is not None
         assert spec.loader is not None
         mutant = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, full, mutant)
-        monkeypatch.setattr(package, name, mutant)
+        for holder in [m for key, m in sys.modules.items() if key.startswith(package.__name__) and m is not mutant]:
+            for attribute, value in list(vars(holder).items()):
+                if value is original:  # the package's, and those of modules that launch its kernels
+                    monkeypatch.setattr(holder, attribute, mutant)
         spec.loader.exec_module(mutant)
     assert changed, f"nothing to break: {old!r}"

@@ -228,9 +228,11 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
     from din_kernels import _launch
     from din_kernels.ops.dice import function as dice
     from din_kernels.ops.dice import triton_impl as dice_launches
+    from din_kernels.ops.gathered_activation import function as gathered
     from din_kernels.ops.local_activation import api as unit_call
     from din_kernels.ops.local_activation import function as unit
     from din_kernels.ops.local_activation import universal
+    from din_kernels.ops.sparse_update import function as update
 
     tape, run = Tape(compile_kernels), JITFunction.run
     major, minor = divmod(capability, 10)
@@ -253,6 +255,7 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
         stack.callback(setattr, driver, "_active", before)
         for place, name, value in (
             (torch.cuda, "device", lambda device: contextlib.nullcontext()),
+            (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "get_device_properties", lambda device: properties),
             (torch.cuda, "get_device_capability", lambda device=None: (major, minor)),
             (Tensor, "__getitem__", _at),
@@ -261,9 +264,9 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
             (torch.autograd.Function, "apply", classmethod(tape.apply)),
             (torch.autograd.graph, "increment_version", lambda tensors: None),
             (JITFunction, "run", intercepted),
-            (_launch, "_reuses", lambda: False),  # every launch goes through Triton's front half
+            (_launch, "_triton", lambda: None),  # every launch goes through Triton's front half
             # As in eager mode, where operators are called directly.
-            *((module, "is_eager", lambda *tensors: True) for module in (dice, unit, unit_call)),
+            *((module, "is_eager", lambda *tensors: True) for module in (dice, gathered, unit, unit_call, update)),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         stack.enter_context(torch.no_grad())

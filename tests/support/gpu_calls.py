@@ -29,16 +29,17 @@ from .fake_launch import Tape, gpu
 
 CALLS: dict[str, Callable[[Tape], None]] = {}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DEVICE, memory = "cuda", torch.empty  # ``recorded_launch`` has others
 
 
 def tensor(*shape: int, dtype: torch.dtype = FP32, grad: bool = True) -> Tensor:
     """Strided memory of ``shape`` on the GPU."""
-    made = torch.empty(shape, dtype=dtype, device="cuda")
+    made = memory(shape, dtype=dtype, device=DEVICE)
     return made.requires_grad_() if grad and dtype.is_floating_point else made
 
 
 def indices(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda")
+    return memory(shape, dtype=dtype, device=DEVICE)
 
 
 # ---- local activation ---------------------------------------------------------------------------------------
@@ -225,6 +226,52 @@ for name, options in {
     CALLS[name] = lambda tape, options=options: update(
         tape, *options["args"], **{k: v for k, v in options.items() if k != "args"}
     )
+
+TOO_LARGE = {"sgd on 64-bit keys"}  # for memory that exists
+
+
+# ---- the same with other shapes -----------------------------------------------------------------------------
+
+# Calls next to each other on what chooses a compiled kernel: 1, multiples of 16 and others, dtypes, addresses, numbers and
+# tensors.
+VARIED: dict[str, Callable[[Any], None]] = {}
+
+
+def units(tape: Any, activation_name: str, interaction: str, **options: Any) -> None:
+    for batch, length, dim, dtype in itertools.product((1, 7, 16), (1, 16, 40), (16, 18), (BF16, FP32)):
+        unit(tape, interaction, activation_name, dim, (16,), batch=batch, length=length, dtype=dtype, **options)
+
+
+for interaction in ("product", "outer"):
+    for name, options in {
+        "sigmoid": {}, "dice, training": {"training": True}, "dice": {"index": torch.int32},
+        "prelu, padded softmax": {"layout": "lengths", "softmax": True}, "relu, masked": {"layout": "mask"},
+        "relu, skewed rows": {"skew": 1}, "sigmoid, candidates": {"candidates": 2, "return_weights": True},
+    }.items():  # fmt: skip
+        VARIED[f"{interaction} {name}"] = lambda tape, kind=interaction, name=name, options=options: units(
+            tape, name.split(",")[0], kind, **options
+        )
+
+
+def activations(tape: Any) -> None:
+    for rows, width, dtype in itertools.product((2, 16, 17, 5000), (1, 16, 36), (FP32, BF16)):
+        for options in ({}, {"momentum": None}, {"masked": True}, {"training": False}, {"transposed": True}):
+            activation(tape, rows, width, dtype=dtype, **options)
+
+
+def updates(tape: Any) -> None:
+    for optimizer, width, rows, count in itertools.product(
+        ("sgd", "adam"), (1, 16, 18), (1, 16, 500), (1, 32, 70, 6000)
+    ):
+        for index, options in (
+            (torch.int64, {"regularizer": "mba"}), (torch.int32, {"expanded": True}), (torch.int64, {"on_device": True}),
+            (torch.int64, {"dtype": BF16, "stochastic_rounding": True, "seed": 1}),
+            (torch.int64, {"dtype": BF16, "stochastic_rounding": True, "seed": 2**31}),
+        ):  # fmt: skip
+            update(tape, optimizer, width, rows=rows, count=count, index=index, **options)
+
+
+VARIED |= {"dice": activations, "sparse update": updates}
 
 
 def run(name: str, *, capability: int = 90, compile_kernels: bool = True) -> dict[str, Any]:

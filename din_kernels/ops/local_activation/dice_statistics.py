@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._launch import on_device
+from ..._launch import launch, on_device
 
 BLOCK_P, BLOCK_H = 32, 16
 
@@ -50,12 +50,15 @@ def _launch_finish(
 ) -> None:
     from . import kernels_statistics as kernels
 
-    width = means.shape[1]
+    width, (running_mean, running_var) = means.shape[1], running or (means, means)
+    operands = {
+        "counts": counts, "means": means, "m2s": m2s, "running_mean": running_mean, "running_var": running_var,
+        "count": found.rows, "mean": found.mean, "m2": found.m2, "used_mean": found.used_mean, "used_rstd": found.rstd,
+        "inverse": found.inverse, "num_parts": counts.shape[0], "eps": eps,
+        "H": width, "BLOCK_H": BLOCK_H, "BLOCK_P": BLOCK_P, "NORMALISE": running is not None,
+    }  # fmt: skip
     with on_device(means):
-        kernels.finish_moments[(-(-width // BLOCK_H),)](
-            counts, means, m2s, *(running or (means, means)), *found, counts.shape[0], eps,
-            H=width, BLOCK_H=BLOCK_H, BLOCK_P=BLOCK_P, NORMALISE=running is not None, num_warps=4,
-        )  # fmt: skip
+        launch(kernels.finish_moments, (-(-width // BLOCK_H),), operands, num_warps=4)
 
 
 def _empty(like: Tensor) -> Moments:
@@ -109,11 +112,14 @@ def launch_update_running(
     from . import kernels_statistics as kernels
 
     width = moments.mean.shape[0]
+    operands = {
+        "count": moments.rows, "mean": moments.mean, "m2": moments.m2,
+        "running_mean": running_mean, "running_var": running_var,
+        "tracked": moments.rows if tracked is None else tracked, "momentum": momentum or 0.0,
+        "H": width, "BLOCK_H": max(16, 1 << (width - 1).bit_length()), "TRACKED": tracked is not None,
+        "CUMULATIVE": momentum is None,
+    }  # fmt: skip
     with on_device(moments.mean):
-        kernels.update_running[(1,)](
-            *moments, running_mean, running_var, moments.rows if tracked is None else tracked, momentum or 0.0,
-            H=width, BLOCK_H=max(16, 1 << (width - 1).bit_length()), TRACKED=tracked is not None,
-            CUMULATIVE=momentum is None, num_warps=4,
-        )  # fmt: skip
+        launch(kernels.update_running, (1,), operands, num_warps=4)
     # Autograd must notice a graph that was recorded with the old values and is used after this.
     torch.autograd.graph.increment_version([t for t in (running_mean, running_var, tracked) if t is not None])

@@ -40,11 +40,11 @@ def first_layer(config: UnitConfig, tensors: UnitTensors) -> FirstLayer:
     weight, query = _wide(tensors.weights[0]), _wide(tensors.query)
     bias = tensors.biases[0]
     if config.interaction == "product":
-        of_query, of_key, of_difference, of_product = weight.split(dim, dim=1)
+        of_query, of_key, of_difference, of_product = weight.split_with_sizes([dim] * 4, dim=1)
         shared, product, matrix = of_key - of_difference, of_product, None
         to_offset = of_query + of_difference
     else:
-        shared, of_outer, to_offset = weight.split([dim, dim * dim, dim], dim=1)
+        shared, of_outer, to_offset = weight.split_with_sizes([dim, dim * dim, dim], dim=1)
         product = None
         # [H·D, D] @ [D, Q]: one GEMM for all query rows.
         matrix = torch.addmm(shared.reshape(1, -1), query, of_outer.reshape(width * dim, dim).t())
@@ -82,12 +82,12 @@ def first_layer_backward(
         assert grads.shared is not None
         assert grads.product is not None
         assert grads.query is not None
-        of_query, _, of_difference, _ = weight.split(dim, dim=1)
+        of_query, _, of_difference, _ = weight.split_with_sizes([dim] * 4, dim=1)
         grad_weight = torch.cat([gamma_query, grads.shared, gamma_query - grads.shared, grads.product], dim=1)
         grad_query = torch.addmm(grads.query, gamma, of_query + of_difference)
     else:
         assert grads.matrix is not None
-        _, of_outer, of_query = weight.split([dim, dim * dim, dim], dim=1)
+        _, of_outer, of_query = weight.split_with_sizes([dim, dim * dim, dim], dim=1)
         flat = grads.matrix.reshape(-1, width * dim)
         grad_outer = (flat.t() @ query).view(width, dim * dim)
         grad_weight = torch.cat([grads.matrix.sum(0), grad_outer, gamma_query], dim=1)

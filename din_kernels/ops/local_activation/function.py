@@ -72,9 +72,13 @@ def _implementation(backend: str) -> ModuleType:
     return triton_impl
 
 
+# One and the same object for equal calls: what is known of a configuration is kept under it, and found fastest by identity.
+_one_config = functools.lru_cache(maxsize=256)(UnitConfig)
+
+
 def _config(tensors: UnitTensors, rest: Sequence[Any]) -> UnitConfig:
     interaction, activation, softmax, scale, candidates, padded_length, precision, _ = rest
-    return UnitConfig(
+    return _one_config(
         interaction, activation, tensors.keys.shape[1], tuple(w.shape[0] for w in tensors.weights[:-1]),
         softmax, scale, candidates, padded_length, precision,
     )  # fmt: skip
@@ -90,7 +94,7 @@ def _exactly(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(operator)
     def call(*args: Any) -> Any:
-        tensor = next(a for a in args if isinstance(a, Tensor))
+        tensor = args[0]
         if not autocast_enabled(tensor):
             return operator(*args)
         with torch.autocast(tensor.device.type, enabled=False):
@@ -132,8 +136,8 @@ def _present(outputs: UnitOutputs, keys: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, return_weights, rest = UnitTensors(*args[:10]), args[10], args[11:]
-    # AOTInductor hands an empty list of tensors over as None.
-    tensors = tensors._replace(means=tensors.means or [], rstds=tensors.rstds or [])
+    if tensors.means is None:  # AOTInductor hands an empty list of tensors over as None
+        tensors = tensors._replace(means=[], rstds=[])
     outputs = _implementation(rest[-1]).forward(_config(tensors, rest), tensors, return_weights=return_weights)
     return _present(outputs, tensors.keys)
 

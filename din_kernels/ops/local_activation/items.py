@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._launch import on_device
+from ..._launch import launch, on_device
+from . import kernels_items as kernels
 from .problem import UnitConfig, UnitTensors
 
 MAX_ITEM_ROWS = 512
@@ -47,8 +48,6 @@ def rows_per_item(config: UnitConfig, tensors: UnitTensors, *, tile: int, progra
 
 
 def make_items(config: UnitConfig, tensors: UnitTensors, rows: int) -> Items:
-    from . import kernels_items as kernels
-
     device = tensors.keys.device
     lists, total = tensors.starts.numel(), tensors.keys.shape[0]
     queries = lists * config.candidates
@@ -64,13 +63,13 @@ def make_items(config: UnitConfig, tensors: UnitTensors, rows: int) -> Items:
     chunk_list = torch.empty(bound, dtype=torch.int64, device=device)
     blocks = -(-(lists + 1) // BLOCK)
     summed = blocks > FEW_BLOCKS
-    spans = (tensors.starts, tensors.ends)
-    sums = torch.empty(blocks, dtype=torch.int64, device=device) if summed else chunk_offsets
+    operands = {
+        "starts": tensors.starts, "ends": tensors.ends, "chunk_offsets": chunk_offsets, "chunk_list": chunk_list,
+        "sums": torch.empty(blocks, dtype=torch.int64, device=device) if summed else chunk_offsets,
+        "item_rows": rows, "num_lists": lists, "BLOCK": BLOCK, "BLOCK_SUMS": BLOCK_SUMS, "SUMMED": summed,
+    }  # fmt: skip
     with on_device(tensors.keys):
         if summed:
-            kernels.sum_chunks[(blocks,)](*spans, sums, rows, lists, BLOCK=BLOCK, num_warps=4)
-        kernels.make_chunks[(blocks,)](
-            *spans, sums, chunk_offsets, chunk_list, rows, lists,
-            BLOCK=BLOCK, BLOCK_SUMS=BLOCK_SUMS, SUMMED=summed, num_warps=4,
-        )  # fmt: skip
+            launch(kernels.sum_chunks, (blocks,), operands, num_warps=4)
+        launch(kernels.make_chunks, (blocks,), operands, num_warps=4)
     return Items(chunk_offsets, chunk_list, rows, bound, queries + extra * config.candidates)

@@ -119,6 +119,6 @@ def to_lists(
                                  layout_hint=" (True = real behaviour; a float mask: mask != 0)")  # fmt: skip
             row_mask = mask.reshape(-1)
     return Lists(
-        query.reshape(-1, embedding_dim), _rows(keys), starts, ends, row_mask, candidates, padded_length,
+        query.reshape(-1, embedding_dim) if many else query, _rows(keys), starts, ends, row_mask, candidates, padded_length,
         (batch, *of_candidates, embedding_dim), weights_shape, nested_offsets,
     )  # fmt: skip

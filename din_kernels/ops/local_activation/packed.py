@@ -12,6 +12,7 @@ the *real* behaviours of one list can therefore show in its neighbours too. Padd
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from ..._backend import interpreting
 from ..._launch import FUSED, launch, on_device
+from . import kernels_packed_forward as kernels
+from . import kernels_packed_fp32 as kernels_fp32
+from . import kernels_packed_tables as kernels_tables
 from .factorise import first_layer
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import ACTIVATION_CODES, capability_of, num_programs
@@ -98,26 +102,25 @@ def most_slots(config: UnitConfig, tensors: UnitTensors) -> int:
 
 
 def make_tables(config: UnitConfig, tensors: UnitTensors) -> Tables:
-    from . import kernels_packed_tables as kernels
-
     device, queries = tensors.keys.device, tensors.query.shape[0]
     tiles = -(-most_slots(config, tensors) // TILE)
     blocks = -(-(queries + 1 + SEGMENTS) // TABLE_BLOCK)
-    slot_query, slot_row, tile_first, first_slot, sums = (
+    slot_query, slot_row, tile_first, first_slot = (
         torch.empty(size, dtype=torch.int32, device=device)
-        for size in (tiles * TILE, tiles * TILE, tiles + 1, queries + 1 + SEGMENTS, blocks)
+        for size in (tiles * TILE, tiles * TILE, tiles + 1, queries + 1 + SEGMENTS)
     )
-    lists, summed = (tensors.starts, tensors.ends), blocks > FEW_BLOCKS
+    tables, summed = Tables(first_slot, tile_first, slot_query, slot_row, tiles), blocks > FEW_BLOCKS
+    operands = {
+        **tables.operands(), "starts": tensors.starts, "ends": tensors.ends,
+        "sums": torch.empty(blocks, dtype=torch.int32, device=device) if summed else first_slot,
+        "candidates": config.candidates, "queries": queries,
+        "BLOCK": TABLE_BLOCK, "BLOCK_SUMS": 128, "SUMMED": summed,
+    }  # fmt: skip
     if summed:
-        kernels.sum_slots[(blocks,)](*lists, sums, config.candidates, queries, BLOCK=TABLE_BLOCK, num_warps=4)
-    kernels.make_tables[(blocks,)](
-        *lists, sums, first_slot, tile_first, config.candidates, queries,
-        BLOCK=TABLE_BLOCK, BLOCK_SUMS=128, SUMMED=summed, num_warps=4,
-    )  # fmt: skip
-    kernels.fill_slots[(min(tiles, num_programs(device, 16)),)](
-        *lists, first_slot, tile_first, slot_query, slot_row, config.candidates, queries, num_warps=4
-    )
-    return Tables(first_slot, tile_first, slot_query, slot_row, tiles)
+        launch(kernels_tables.sum_slots, (blocks,), operands, num_warps=4)
+    launch(kernels_tables.make_tables, (blocks,), operands, num_warps=4)
+    launch(kernels_tables.fill_slots, (min(tiles, num_programs(device, 16)),), operands, num_warps=4)
+    return tables
 
 
 def shape_constants(config: UnitConfig) -> dict[str, Any]:
@@ -131,6 +134,7 @@ def shape_constants(config: UnitConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@functools.cache
 def fast_instructions() -> bool:
     """Whether kernels may name NVIDIA's instructions: not in the interpreter, nor on AMD."""
     return torch.version.hip is None and not interpreting()
@@ -199,6 +203,7 @@ def describes(config: UnitConfig, tensors: UnitTensors) -> bool:
     return max(slots, carry, offset, tensors.query.numel(), keys.shape[0]) <= INT32 - 2 * TILE
 
 
+@functools.lru_cache(maxsize=256)
 def launch_options(config: UnitConfig) -> dict[str, int]:
     """Two tiles ahead where registers allow, one otherwise."""
     light = shape_constants(config)["HOIST"] and not config.softmax
@@ -219,27 +224,31 @@ class Packed:
         with on_device(tensors.keys):
             self.tables = make_tables(config, tensors)
 
-    def layer_operands(self) -> dict[str, Any]:
-        """Parameters as they are; one that does not exist repeats another, and is not read."""
-        tensors, two = self.tensors, len(self.config.hidden_units) > 1
-        nothing = tensors.weights[0]
+    def operands(self) -> dict[str, Any]:
+        """Tables, layers and what is compiled in; the statistics of the layers that are known by now."""
+        mean1, mean2 = self._of_two(self.tensors.means)
+        rstd1, rstd2 = self._of_two(self.tensors.rstds)
+        return {**self._known, "mean1": mean1, "mean2": mean2, "rstd1": rstd1, "rstd2": rstd2}
 
-        def of(values: list[Tensor] | list[Tensor | None], layer: int) -> Tensor:
-            value = values[layer] if layer < len(values) else None
-            return nothing if value is None else value.contiguous()
+    def _of_two(self, values: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Those of the first layer and of the second; one that does not exist repeats another, and is not read."""
+        nothing = self.tensors.weights[0]
+        given = [nothing if value is None else value.contiguous() for value in values]
+        return (given[0] if given else nothing), (given[1] if len(given) > 1 else nothing)
 
-        alphas = [
-            None if a is None else a.reshape(-1).expand(width)
-            for a, width in zip(tensors.alphas, self.config.hidden_units, strict=True)
-        ]
+    @functools.cached_property
+    def _known(self) -> dict[str, Any]:
+        """All but the statistics."""
+        tensors = self.tensors
+        *of_layers, bias_out = tensors.biases
+        bias1, bias2 = self._of_two(of_layers)
+        alphas = zip(tensors.alphas, self.config.hidden_units, strict=True)
+        alpha1, alpha2 = self._of_two([None if a is None else a.reshape(-1).expand(width) for a, width in alphas])
         return {
-            "keys": tensors.keys, "query": self.query,
-            "weight1": tensors.weights[0].contiguous(), "bias1": of(tensors.biases, 0), "alpha1": of(alphas, 0),
-            "mean1": of(tensors.means, 0), "rstd1": of(tensors.rstds, 0),
-            "weight2": tensors.weights[1].contiguous(), "bias2": of(tensors.biases, 1) if two else nothing,
-            "alpha2": of(alphas, 1), "mean2": of(tensors.means, 1), "rstd2": of(tensors.rstds, 1),
-            "weight_out": tensors.weights[-1].contiguous(), "bias_out": of(tensors.biases, len(tensors.biases) - 1),
-            "key_stride": tensors.keys.stride(0), "queries": self.queries,
+            "keys": tensors.keys, "query": self.query, "weight1": tensors.weights[0].contiguous(), "bias1": bias1,
+            "alpha1": alpha1, "weight2": tensors.weights[1].contiguous(), "bias2": bias2, "alpha2": alpha2,
+            "weight_out": tensors.weights[-1].contiguous(), "bias_out": self._of_two([bias_out])[0],
+            "key_stride": tensors.keys.stride(0), "queries": self.queries, **self.tables.operands(), **self._constants(),
         }  # fmt: skip
 
     def weight_operands(self) -> dict[str, int]:
@@ -251,7 +260,7 @@ class Packed:
             strides = {"weight_row": candidates, "weight_candidate": 1, "weight_list": 0}
         return {"candidates": candidates, **strides}
 
-    def constants(self) -> dict[str, Any]:
+    def _constants(self) -> dict[str, Any]:
         biases = sum(1 << layer for layer, bias in enumerate(self.tensors.biases) if bias is not None)
         return {
             **shape_constants(self.config), "BIASES": biases, "FAST": fast_instructions(),
@@ -273,27 +282,24 @@ def finish_lists(
     log_normaliser: Tensor | None = None,
 ) -> None:
     """Complete ``sums`` [Q, D] of lists that lie in several tiles with what those left in ``carry`` [2 · tiles, D]."""
-    from .kernels_packed_forward import finish_packed
-
     queries, dim = sums.shape
     softmax = carry_softmax is not None
-    finish_packed[(-(-queries // FINISH_LISTS),)](
-        carry, carry_softmax if softmax else carry, tables.first_slot, sums, log_normaliser if softmax else sums, queries,
-        D=dim, BLOCK_D=max(16, next_power_of_two(dim)), LISTS=FINISH_LISTS, SOFTMAX=softmax, **finish_options(),
-    )  # fmt: skip
+    operands = {
+        "carry": carry, "carry_softmax": carry_softmax if softmax else carry, "first_slot": tables.first_slot,
+        "pooled": sums, "log_normaliser": log_normaliser if softmax else sums, "queries": queries,
+        "D": dim, "BLOCK_D": next_power_of_two(dim), "LISTS": FINISH_LISTS, "SOFTMAX": softmax,
+    }  # fmt: skip
+    launch(kernels.finish_packed, (-(-queries // FINISH_LISTS),), operands, **finish_options())
 
 
 def forward(
     config: UnitConfig, tensors: UnitTensors, *, return_weights: bool, call: Packed | None = None
 ) -> UnitOutputs:
     """``call``: what the statistics prepared, if they did."""
-    from . import kernels_packed_forward as kernels
-    from . import kernels_packed_fp32 as fp32_kernels
-
     keys, queries, dim = tensors.keys, tensors.query.shape[0], config.embedding_dim
     device, softmax = keys.device, config.softmax
     pooled = torch.empty(queries, dim, dtype=keys.dtype, device=device)
-    log_normaliser = torch.empty(queries if softmax else 0, device=device)
+    log_normaliser = torch.empty(queries, device=device) if softmax else None
     pairs = keys.shape[0] * config.candidates
     weights = keys.new_zeros(pairs) if return_weights else None
     attention = weights
@@ -303,23 +309,22 @@ def forward(
         call = call or Packed(config, tensors)
         tiles = call.tables.tiles
         carry = torch.empty(2 * tiles, dim, device=device)
-        carry_softmax = torch.empty(2 * tiles if softmax else 1, 2, device=device)
+        carry_softmax = torch.empty(2 * tiles, 2, device=device) if softmax else None
         programs = max(1, min(tiles, num_programs(device, 4)))
         operands: dict[str, Any] = {
-            **call.layer_operands(), **call.tables.operands(), **call.weight_operands(),
-            "pooled": pooled, "log_normaliser": log_normaliser, "carry": carry, "carry_softmax": carry_softmax,
+            **call.operands(), **call.weight_operands(),
+            "pooled": pooled, "log_normaliser": carry if log_normaliser is None else log_normaliser,
+            "carry": carry, "carry_softmax": carry if carry_softmax is None else carry_softmax,
             "attention": pooled if attention is None else attention, "scale": float(config.scale),
-            "SOFTMAX": softmax, "HAS_ATTENTION": return_weights, **call.constants(),
+            "SOFTMAX": softmax, "HAS_ATTENTION": return_weights,
         }  # fmt: skip
         if keys.dtype == torch.float32:
             operands |= {"offset": first_layer(config, tensors).offset, **fp32_constants(config)}
-            launch(fp32_kernels.forward_packed_fp32, (programs,), operands, **FP32_OPTIONS)
+            launch(kernels_fp32.forward_packed_fp32, (programs,), operands, **FP32_OPTIONS)
         else:
             launch(kernels.forward_packed, (programs,), operands, **launch_options(config))
-        finish_lists(call.tables, carry, pooled, carry_softmax if softmax else None, log_normaliser)
+        finish_lists(call.tables, carry, pooled, carry_softmax, log_normaliser)
         if weights is not None and softmax:
-            kernels.normalise_packed[(programs,)](
-                attention, log_normaliser, weights, **call.tables.operands(), queries=queries,
-                **call.weight_operands(), num_warps=4,
-            )  # fmt: skip
-    return UnitOutputs(pooled, weights, log_normaliser if softmax else None)
+            of_weights = {**operands, "scores": attention, "weights": weights}
+            launch(kernels.normalise_packed, (programs,), of_weights, num_warps=4)
+    return UnitOutputs(pooled, weights, log_normaliser)

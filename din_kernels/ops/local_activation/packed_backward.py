@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
+from . import kernels_packed_backward as kernels
+from . import kernels_packed_gradients as after
 from . import universal_backward
 from .packed import TILE, Packed, next_power_of_two, serves, widths_of
 from .packed_collect import Results, batches
@@ -53,9 +55,6 @@ def backward(
     inv_count: Tensor | None,
 ) -> UnitGradients:
     """Gradients of everything; see torch_impl.backward."""
-    from . import kernels_packed_backward as kernels
-    from . import kernels_packed_gradients as after
-
     keys, dim, widths = tensors.keys, config.embedding_dim, config.hidden_units
     device, dtype, two = keys.device, keys.dtype, len(config.hidden_units) > 1
     blocks = widths_of(config)

@@ -3,10 +3,14 @@ and the gradients made of it (launches of ``kernels_collect.py``)."""
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
 from ..._launch import launch
+from . import kernels_collect as kernels
 from .packed import TILE, Packed, finish_lists, finish_options, next_power_of_two
 from .problem import UnitConfig, UnitGradients
 from .universal import num_programs
@@ -29,6 +33,7 @@ def columns(width: int) -> int:
     return 16 if width > 64 else 32
 
 
+@functools.lru_cache(maxsize=256)
 def batches(tiles: int, row_bytes: int, programs: int) -> list[tuple[int, int]]:
     """(first, end) of batches of tiles whose rows leave ``row_bytes`` each between kernels, a whole number of tiles for each
     program where there are that many."""
@@ -40,10 +45,19 @@ def batches(tiles: int, row_bytes: int, programs: int) -> list[tuple[int, int]]:
 
 def zeroed(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Zeros of these shapes, fp32, by one launch. Each begins at a multiple of 16 bytes."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    steps = [-(-size // 4) * 4 for size in sizes]
-    pieces = torch.zeros(sum(steps), device=device).split(steps)
-    return [piece[:size].view(shape) for piece, size, shape in zip(pieces, sizes, shapes, strict=True)]
+    size, places = _places(shapes)
+    memory = torch.zeros(size, device=device)
+    return [memory.as_strided(*place) for place in places]
+
+
+@functools.lru_cache(maxsize=256)
+def _places(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]:
+    """Elements in all; (shape, strides, offset) of each."""
+    size, places = 0, []
+    for shape in shapes:
+        places.append((shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), size))
+        size += -(-math.prod(shape) // 4) * 4
+    return size, places
 
 
 def vector_width(config: UnitConfig) -> int:
@@ -100,19 +114,19 @@ class Results:
 
     def _query(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of the query, and what query rows add to those of the first layer, by program."""
-        from . import kernels_collect as kernels
-
         call, device = self.call, self.list_sums.device
         dim, width = call.config.embedding_dim, call.config.hidden_units[0]
         gradient, block = _like(call.query), columns(width)
         programs = min(-(-call.queries // BLOCK_Q), num_programs(device, 1))
         weight_parts = torch.empty(programs, width, dim, device=device)
         bias_parts = torch.empty(programs, width, device=device)
-        kernels.finish_queries[(programs, -(-dim // block))](
-            self.list_sums, call.query, call.tensors.weights[0].contiguous(), gradient, weight_parts, bias_parts,
-            call.queries, D=dim, BLOCK_D=block, H=width, BLOCK_H=next_power_of_two(width), BLOCK_Q=BLOCK_Q,
-            PRECISION=precision(), num_warps=4,
-        )  # fmt: skip
+        operands = {
+            "list_sums": self.list_sums, "query": call.query, "weight1": call.tensors.weights[0].contiguous(),
+            "grad_query": gradient, "weight_parts": weight_parts, "bias_parts": bias_parts, "queries": call.queries,
+            "D": dim, "BLOCK_D": block, "H": width, "BLOCK_H": next_power_of_two(width), "BLOCK_Q": BLOCK_Q,
+            "PRECISION": precision(),
+        }  # fmt: skip
+        launch(kernels.finish_queries, (programs, -(-dim // block)), operands, num_warps=4)
         return gradient, weight_parts, bias_parts
 
     def _parameters(
@@ -120,8 +134,6 @@ class Results:
         bias_parts: Tensor,
     ) -> None:  # fmt: skip
         """The gradients of all parameters, by one launch."""
-        from . import kernels_collect as kernels
-
         config = self.call.config
         dim, (first, second) = config.embedding_dim, (*config.hidden_units, 0)[:2]
         operands = {
@@ -142,4 +154,4 @@ class Results:
 
 
 def _like(parameter: Tensor) -> Tensor:
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
+from . import kernels_packed_fp32_backward as kernels
 from .factorise import first_layer
 from .packed import TILE, Packed, describes, fp32_constants, next_power_of_two
 from .packed_collect import Results, batches
@@ -83,8 +84,6 @@ def backward(
     inv_count: Tensor | None,
 ) -> UnitGradients:
     """Gradients of everything; see torch_impl.backward."""
-    from . import kernels_packed_fp32_backward as kernels
-
     keys, dim, widths = tensors.keys, config.embedding_dim, config.hidden_units
     device, two = keys.device, len(config.hidden_units) > 1
     grad_pooled = grad_pooled.contiguous()

@@ -3,6 +3,7 @@ weights, need of all rows first."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
+from . import kernels_packed_statistics as kernels_statistics
+from . import kernels_packed_sums as kernels
 from .dice_statistics import Moments, merge
 from .packed import Packed, describes, finish_lists, widths_of
 from .problem import UnitConfig, UnitOutputs, UnitTensors
@@ -25,6 +28,7 @@ def _channels(config: UnitConfig) -> tuple[int, int]:
     return widths.a1 + widths.r1, widths.a2 + widths.r2
 
 
+@functools.lru_cache(maxsize=256)
 def statistics_options(config: UnitConfig) -> dict[str, int]:
     """Two tiles ahead where registers allow."""
     light = config.embedding_dim <= 64 and sum(_channels(config)) <= 48
@@ -53,19 +57,16 @@ def serves_statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> b
 
 def moments_of_programs(call: Packed, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """As ``universal.moments_of_programs``."""
-    from . import kernels_packed_statistics as kernels
-
     device, width = call.tensors.keys.device, call.config.hidden_units[layer]
     programs = max(1, min(call.tables.tiles, num_programs(device, 4)))
     counts = torch.empty(programs, dtype=torch.int64, device=device)
     means = torch.empty(programs, width, device=device)
     m2s = torch.empty_like(means)
     operands = {
-        **call.layer_operands(), **call.tables.operands(), **call.constants(),
-        "counts": counts, "means": means, "m2s": m2s, "LAYER": layer,
+        **call.operands(), "counts": counts, "means": means, "m2s": m2s, "LAYER": layer
     }  # fmt: skip
     with on_device(call.tensors.keys):
-        launch(kernels.statistics_packed, (programs,), operands, **statistics_options(call.config))
+        launch(kernels_statistics.statistics_packed, (programs,), operands, **statistics_options(call.config))
     return counts, means, m2s
 
 
@@ -96,8 +97,6 @@ def sums_of_layers(
 
 def dice_sums(call: Packed, operands: dict[str, Any], inv_count: Tensor) -> Tensor:
     """As ``universal_backward.dice_sums``, from the ``operands`` of ``backward_scores``."""
-    from . import kernels_packed_sums as kernels
-
     widths, device = call.config.hidden_units, inv_count.device
     programs = max(1, min(call.tables.tiles, num_programs(device, 3)))
 
@@ -117,7 +116,7 @@ def score_operands(
     are contiguous."""
     config, log_normaliser = call.config, saved.log_normaliser
     return {
-        **call.layer_operands(), **call.constants(), **call.tables.operands(), "grad_pooled": grad_pooled,
+        **call.operands(), "grad_pooled": grad_pooled,
         "grad_weights": grad_pooled if grad_weights is None else grad_weights,
         "log_normaliser": grad_pooled if log_normaliser is None else log_normaliser.contiguous(),
         "delta": softmax_delta(call, saved, grad_pooled, grad_weights) if config.softmax else grad_pooled,
@@ -129,8 +128,6 @@ def score_operands(
 
 def softmax_delta(call: Packed, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None) -> Tensor:
     """δ_q = g · u_q + Σ_j a_j · ∂L/∂a_j, fp32 [Q]; one candidate a list."""
-    from . import kernels_packed_sums as kernels
-
     delta = (grad_pooled.float() * saved.pooled.float()).sum(1)
     if grad_weights is None:
         return delta
@@ -138,8 +135,11 @@ def softmax_delta(call: Packed, saved: UnitOutputs, grad_pooled: Tensor, grad_we
     tables, queries, device = call.tables, call.queries, delta.device
     of_weights = torch.empty(queries, 1, device=device)
     carry = torch.empty(2 * tables.tiles, 1, device=device)
-    kernels.weighted_gradients_packed[(min(tables.tiles, num_programs(device, 8)),)](
-        saved.weights, grad_weights, *tables.operands().values(), of_weights, carry, queries, num_warps=2
-    )
+    operands = {
+        **tables.operands(), "weights": saved.weights, "grad_weights": grad_weights, "sums": of_weights, "carry": carry,
+        "queries": queries,
+    }  # fmt: skip
+    grid = (min(tables.tiles, num_programs(device, 8)),)
+    launch(kernels.weighted_gradients_packed, grid, operands, num_warps=2)
     finish_lists(tables, carry, of_weights)
     return delta + of_weights[:, 0]

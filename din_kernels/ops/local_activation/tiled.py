@@ -17,18 +17,20 @@ import torch
 from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
+from . import kernels_tiled_forward as kernels
 from . import packed
 from .dice_statistics import Moments, merge
 from .factorise import FirstLayer, first_layer
 from .items import MAX_ITEM_ROWS, make_items
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import (
-    COMBINE_BLOCK,
     FORWARD_WARPS,
     PARAMETER_VECTORS,
     Prepared,
     Tiling,
     capability_of,
+    combine_items,
+    normalise_weights,
     num_programs,
 )
 
@@ -99,6 +101,7 @@ def shape_constants(config: UnitConfig, form: Form) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=256)
 def launch_options(config: UnitConfig, dtype: torch.dtype, form: Form, *, statistics: bool = False) -> dict[str, int]:
     """Left alone, ptxas likes to spill a few bytes for the sake of one more program per processor; told that it may use all
     registers, it does not. Of narrow forward kernels before sm_90 it takes more than it needs, and three programs fit a
@@ -185,7 +188,7 @@ def scaled_first_layer(config: UnitConfig, tensors: UnitTensors) -> FirstLayer:
     if not weight.dtype == query.dtype == dtype:
         weight, query = weight.float(), query.float()
     scale = -LOG2_E if config.activation == "sigmoid" else 1.0
-    shared, of_outer, to_offset = weight.split([dim, dim * dim, dim], dim=1)
+    shared, of_outer, to_offset = weight.split_with_sizes([dim, dim * dim, dim], dim=1)
     of_outer = of_outer.reshape(width * dim, dim)
     matrix = torch.addmm(shared.reshape(-1), query, of_outer.t(), beta=scale, alpha=scale)
     query, to_offset = query.float(), to_offset.float().t()
@@ -237,8 +240,6 @@ class Tiled(Prepared):
 
 def moments_of_programs(call: Tiled, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """As ``universal.moments_of_programs``."""
-    from . import kernels_tiled_forward as kernels
-
     device = call.tensors.keys.device
     counts = torch.empty(call.programs, dtype=torch.int64, device=device)
     means = torch.empty(call.programs, call.config.hidden_units[layer], device=device)
@@ -257,9 +258,6 @@ def forward(
     config: UnitConfig, tensors: UnitTensors, *, return_weights: bool, call: Tiled | None = None
 ) -> UnitOutputs:
     """``call``: what the statistics prepared, if they did."""
-    from . import kernels_tiled_forward as kernels
-    from .kernels_universal_forward import combine_items, normalise_weights
-
     keys, queries, dim, softmax = tensors.keys, tensors.query.shape[0], config.embedding_dim, config.softmax
     pooled = torch.empty(queries, dim, dtype=keys.dtype, device=keys.device)
     log_normaliser = torch.empty(queries if softmax else 0, device=keys.device)
@@ -274,21 +272,15 @@ def forward(
     partial = torch.empty(call.items.slots if several else 1, dim, device=keys.device)
     partial_softmax = torch.empty(partial.shape[0] if softmax else 1, 2, device=keys.device)
     with on_device(keys):
+        written = {
+            "pooled": pooled, "log_normaliser": log_normaliser, "partial": partial, "partial_softmax": partial_softmax,
+            "attention": pooled if attention is None else attention,
+        }  # fmt: skip
         call.launch(
-            kernels.forward_tiled, pooled=pooled, log_normaliser=log_normaliser, partial=partial,
-            partial_softmax=partial_softmax, attention=pooled if attention is None else attention,
-            scale=float(config.scale), SOFTMAX=softmax, HAS_ATTENTION=return_weights,
-        )  # fmt: skip
+            kernels.forward_tiled, **written, scale=float(config.scale), SOFTMAX=softmax, HAS_ATTENTION=return_weights
+        )
         if several:
-            block = min(COMBINE_BLOCK, call.tiles.padded_dim)
-            grid = (min(queries, num_programs(keys.device, 8)), -(-dim // block))
-            combine_items[grid](
-                partial, partial_softmax, call.items.chunk_offsets, pooled, log_normaliser, call.lists,
-                config.candidates, D=dim, BLOCK_D=block, BLOCK_K=16, SOFTMAX=softmax, num_warps=4,
-            )  # fmt: skip
+            combine_items(call, written)
         if weights is not None and softmax:
-            normalise_weights[(call.programs,)](
-                attention, log_normaliser, weights, **call.item_operands(), **call.weight_strides(),
-                T=128, HAS_MASK=tensors.row_mask is not None, num_warps=4,
-            )  # fmt: skip
+            normalise_weights(call, {**written, "scores": attention, "weights": weights})
     return UnitOutputs(pooled, weights, log_normaliser if softmax else None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._launch import FUSED, launch
+from . import kernels_tiled_backward as kernels
 from . import packed, universal_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import PARAMETER_VECTORS, Prepared, Tiling, capability_of
@@ -94,12 +95,9 @@ class Backward(universal_backward.Backward):
         }  # fmt: skip
 
     def launch(self, gather: int, **arguments: Any) -> None:
-        from . import kernels_tiled_backward as kernels
-
-        kernel = kernels.backward_tiled
         everything = {**self.arguments, **arguments, "GATHER": gather, "PRIVATE": arguments["private"].shape[1]}
         for step in range(1, 2 if gather >= 0 else 2 + len(self.config.hidden_units)):
-            launch(kernel, (self.call.programs,), {**everything, "STEP": step}, **launch_options())
+            launch(kernels.backward_tiled, (self.call.programs,), {**everything, "STEP": step}, **launch_options())
 
 
 def dice_sums(

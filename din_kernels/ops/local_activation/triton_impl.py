@@ -51,8 +51,8 @@ class Calls:
     def forward(self, *, return_weights: bool) -> UnitOutputs:
         config, tensors = self.config, self.tensors
         by_packed = packed.serves(config, tensors)
-        by_tiled = tiled.serves(config, tensors, attention=return_weights)
-        if by_tiled and (not by_packed or tiled.prefers(config, tensors)):
+        rather_tiled = not by_packed or tiled.prefers(config, tensors)
+        if rather_tiled and tiled.serves(config, tensors, attention=return_weights):
             return tiled.forward(config, tensors, return_weights=return_weights, call=self.tiled)
         if by_packed:
             return packed.forward(config, tensors, return_weights=return_weights, call=self.packed)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
+from . import kernels_parameters
+from . import kernels_universal_forward as kernels
 from .dice_statistics import Moments, merge
 from .factorise import FirstLayer, first_layer
 from .items import Items, make_items, rows_per_item
@@ -167,8 +169,6 @@ class Prepared:
     def _parameters(self, layers: int) -> Tensor:
         """One flat fp32 vector (see kernels_common.py); statistics of ``layers`` layers are known, the rest is
         unused."""
-        from .kernels_parameters import gather_parameters
-
         tensors, config = self.tensors, self.config
         output = tensors.weights[-1].reshape(-1)
         vectors: list[Tensor] = []
@@ -195,10 +195,11 @@ class Prepared:
         add(tensors.biases[-1], 1)
         flat = torch.empty(sum(sizes), device=tensors.keys.device)
         block = _power_of_two(max(sizes))
+        operands = {
+            "vectors": tuple(vectors), "flat": flat, "SIZES": tuple(sizes), "STRIDES": tuple(strides), "BLOCK": block
+        }  # fmt: skip
         with on_device(tensors.keys):
-            gather_parameters[(1,)](
-                tuple(vectors), flat, SIZES=tuple(sizes), STRIDES=tuple(strides), BLOCK=block, num_warps=4
-            )
+            launch(kernels_parameters.gather_parameters, (1,), operands, num_warps=4)
         return flat
 
     def layer_operands(self) -> dict[str, Any]:
@@ -248,8 +249,6 @@ class Prepared:
 
 def moments_of_programs(call: Prepared, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """counts [P] int64, means and m2s [P, H] of hidden layer ``layer``'s pre-activation, of each program's pairs."""
-    from . import kernels_universal_forward as kernels
-
     config, device = call.config, call.tensors.keys.device
     counts = torch.empty(call.programs, dtype=torch.int64, device=device)
     means = torch.empty(call.programs, config.hidden_units[layer], device=device)
@@ -277,12 +276,28 @@ def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> Moments:
     return merge(*moments_of_programs(Prepared(config, tensors, layers=layer), layer))
 
 
+def combine_items(call: Prepared, written: dict[str, Any]) -> None:
+    """Add up the slots of each list's chunks, which the forward kernel has ``written``."""
+    dim, block = call.config.embedding_dim, min(COMBINE_BLOCK, call.tiles.padded_dim)
+    queries, device = written["pooled"].shape[0], call.tensors.keys.device
+    operands = {
+        **written, **call.item_operands(), "D": dim, "BLOCK_D": block, "BLOCK_K": 16, "SOFTMAX": call.config.softmax
+    }  # fmt: skip
+    launch(kernels.combine_items, (min(queries, num_programs(device, 8)), -(-dim // block)), operands, num_warps=4)
+
+
+def normalise_weights(call: Prepared, written: dict[str, Any]) -> None:
+    """weights = exp(scores − log_normaliser), of those in ``written``."""
+    operands = {
+        **written, **call.item_operands(), **call.weight_strides(), "T": 128, "HAS_MASK": call.tensors.row_mask is not None
+    }  # fmt: skip
+    launch(kernels.normalise_weights, (call.programs,), operands, num_warps=4)
+
+
 def forward(
     config: UnitConfig, tensors: UnitTensors, *, return_weights: bool, call: Prepared | None = None
 ) -> UnitOutputs:
     """``call``: what the statistics prepared, if they did."""
-    from . import kernels_universal_forward as kernels
-
     keys, depth = tensors.keys, len(config.hidden_units)
     queries = tensors.query.shape[0]
     pooled = torch.empty(queries, config.embedding_dim, dtype=keys.dtype, device=keys.device)
@@ -309,16 +324,7 @@ def forward(
         }  # fmt: skip
         launch(kernels.forward_items, (call.programs,), operands, **launch_options(call.tiles))
         if several:
-            block = min(COMBINE_BLOCK, call.tiles.padded_dim)
-            grid = (min(queries, num_programs(keys.device, 8)), -(-config.embedding_dim // block))
-            kernels.combine_items[grid](
-                partial, partial_softmax, call.items.chunk_offsets, pooled, log_normaliser, call.lists,
-                config.candidates, D=config.embedding_dim, BLOCK_D=block, BLOCK_K=16, SOFTMAX=config.softmax,
-                num_warps=4,
-            )  # fmt: skip
+            combine_items(call, operands)
         if weights is not None and config.softmax:
-            kernels.normalise_weights[(call.programs,)](
-                attention, log_normaliser, weights, **call.item_operands(), **call.weight_strides(),
-                T=128, HAS_MASK=tensors.row_mask is not None, num_warps=4,
-            )  # fmt: skip
+            normalise_weights(call, {**operands, "scores": attention, "weights": weights})
     return UnitOutputs(pooled, weights, log_normaliser if config.softmax else None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._launch import launch, on_device
+from . import kernels_universal_backward as kernels
 from .factorise import FirstLayerGradients, first_layer_backward
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import Prepared, launch_options, num_programs, scratch_columns
@@ -83,8 +84,6 @@ class Backward:
         }  # fmt: skip
 
     def launch(self, gather: int, **arguments: Any) -> None:
-        from . import kernels_universal_backward as kernels
-
         operands = {**self.arguments, **arguments, "GATHER": gather}
         launch(
             kernels.backward_items, (self.call.programs,), operands,
@@ -93,35 +92,30 @@ class Backward:
 
     def _add_slots(self, slots: Tensor) -> None:
         """slots [·, …]: afterwards the first Q are complete."""
-        from . import kernels_universal_backward as kernels
-
         call = self.call
         queries, width = self.tensors.query.shape[0], slots[0].numel()
         if call.items.slots == queries:
             return
         block = 128
         grid = (min(queries, num_programs(slots.device, 8)), -(-width // block))
-        kernels.add_slots[grid](
-            slots, call.items.chunk_offsets, call.lists, self.config.candidates, width,
-            BLOCK=block, BLOCK_K=8, num_warps=4,
-        )  # fmt: skip
+        operands = {**call.item_operands(), "slots": slots, "width": width, "BLOCK": block, "BLOCK_K": 8}
+        launch(kernels.add_slots, grid, operands, num_warps=4)
 
     def _delta(self, saved: UnitOutputs) -> Tensor:
         """δ_q = g · u_q + Σ_j a_j · ∂L/∂a_j, fp32 [Q]."""
-        from . import kernels_universal_backward as kernels
-
         delta = (self.grad_pooled.float() * saved.pooled.float()).sum(1)
         if self.grad_weights is None:
             return delta
         assert saved.weights is not None
         call = self.call
         slots = torch.empty(call.items.slots, 1, device=delta.device)
+        operands = {
+            "weights": saved.weights, "grad_weights": self.grad_weights, "slots": slots,
+            **call.item_operands(), **call.weight_strides(), "T": 128, "HAS_MASK": self.tensors.row_mask is not None,
+        }  # fmt: skip
         with on_device(self.tensors.keys):
             programs = min(call.items.bound * self.config.candidates, num_programs(delta.device, 8))
-            kernels.weighted_gradients[(programs,)](
-                saved.weights, self.grad_weights, slots, **call.item_operands(), **call.weight_strides(),
-                T=128, HAS_MASK=self.tensors.row_mask is not None, num_warps=4,
-            )  # fmt: skip
+            launch(kernels.weighted_gradients, (programs,), operands, num_warps=4)
             self._add_slots(slots)
         return delta + slots[: delta.shape[0], 0]
 
@@ -219,7 +213,7 @@ def gradients(work: Backward) -> UnitGradients:
     sizes += [a * b for a, b in pairwise(widths)]
     outer = config.interaction == "outer"
     sizes += [] if outer else [widths[0] * dim] * 2
-    pieces = list(sums.split(sizes))
+    pieces = sums.split_with_sizes(sizes)
     of_layers, out_weight, out_bias = pieces[: 2 * depth], pieces[2 * depth], pieces[2 * depth + 1]
     matrices = pieces[2 * depth + 2 :]
     if outer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,8 +74,7 @@ def _number(name: str, value: float | Tensor, device: torch.device, *, minimum: 
     return None
 
 
-@dataclass(frozen=True)
-class PreparedUpdate:
+class PreparedUpdate(NamedTuple):
     """A checked update that cannot fail on its arguments any more; ``run`` changes the table."""
 
     weight: Tensor

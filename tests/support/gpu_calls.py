@@ -174,6 +174,7 @@ def activation(
 
 for name, options in {
     "dice training, many rows": {"rows": 5000, "width": 80},
+    "dice training, few rows": {"rows": 300, "width": 36},
     "dice training, few rows, masked": {"rows": 300, "width": 36, "masked": True, "dtype": BF16},
     "dice training, one column, average over batches": {"rows": 2000, "width": 1, "momentum": None},
     "dice training, shifted": {"rows": 5000, "width": 36, "shifted": True, "dtype": FP16},

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.machine_code import ARCHITECTURES
 from benchmarks.static_budget import SOURCES, load_cases
-from reference.units import LocalActivationUnit
+from din_kernels.ops.dice.triton_impl import COLUMNS_MAX_ROWS
+from reference.units import Dice, LocalActivationUnit
 from tests.support.fake_launch import computes
 from tests.support.gpu_calls import CALLS
 
@@ -104,7 +105,7 @@ def test_every_kernel_is_compiled_ahead_of_time():
 # takes the host five to twenty microseconds, for which small batches wait.
 LAUNCHES = {
     "packed sigmoid": 14, "packed dice training, two layers": 27, "tiled outer dice training, backward tiled too": 53,
-    "dice training, many rows": 5, "dice serving": 1, "sgd + mba": 4,
+    "dice training, few rows": 3, "dice training, many rows": 5, "dice serving": 1, "sgd + mba": 4,
 }  # fmt: skip
 
 
@@ -140,6 +141,16 @@ def test_fewer_launches_than_unfused(name, activation, widths, unfused):
     assert f"are {fused[0]} kernels with one layer and sigmoid and {fused[1]} with two layers and Dice" in readme
     assert "the unfused unit takes 36 and 134" in readme
     assert 2 * LAUNCHES[name] < unfused
+
+
+def test_fewer_launches_than_unfused_dice():
+    """The README says how many each takes."""
+    unit, x, gradient = Dice(8), torch.randn(6, 8, requires_grad=True), torch.ones(6, 8)
+    with Launches() as launches:
+        unit(x).backward(gradient)
+    few, many = LAUNCHES["dice training, few rows"] - 1, LAUNCHES["dice training, many rows"] - 1
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Dice alone takes {few}, from {COLUMNS_MAX_ROWS} rows on {many}, unfused {launches.count}." in readme
 
 
 def test_no_argument_takes_a_name_of_the_launcher():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from din_kernels import functional
 from din_kernels.modules import Dice
 from din_kernels.ops import DiceFunction
-from din_kernels.ops.dice import function
+from din_kernels.ops.dice import function, torch_small
 
 from ._cases import make_case
 
@@ -40,6 +42,55 @@ def test_double_backward_raises(backend, device):
     (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+# Paths of the torch backend: (most elements of small inputs, elements up to which those start no threads).
+PATHS = {"one thread": (1 << 18, 1 << 15), "all threads": (1 << 18, 0), "any size": (-1, 0)}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_every_choice_of_gradients(affine, training, path, monkeypatch):
+    """Whichever leaves want a gradient have the right one, and the others none; nothing of the size of x is kept but x."""
+    for name, value in zip(("_MOST_ELEMENTS", "_SERIAL"), PATHS[path], strict=True):
+        monkeypatch.setattr(torch_small, name, value)
+    case = make_case((40, 7), affine=affine, training=training, dtype=torch.float64)
+    y_want, want, mean, var, _ = case.expected()
+    names = list(case.leaves())
+    for chosen in itertools.product([False, True], repeat=len(names)):
+        if not any(chosen):
+            continue
+        wanted = dict(zip(names, chosen, strict=True))
+        leaves = {name: t.detach().clone().requires_grad_(wanted[name]) for name, t in case.leaves().items()}
+        running = case.running_mean.clone(), case.running_var.clone()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = functional.dice(
+                leaves["x"], leaves["alpha"], *running, weight=leaves.get("weight"), bias=leaves.get("bias"),
+                training=training, backend="torch",
+            )  # fmt: skip
+        assert [t.data_ptr() for t in saved if t.numel() >= 40] == [leaves["x"].data_ptr()]
+        y.backward(case.grad)
+        torch.testing.assert_close(y.detach(), y_want)
+        torch.testing.assert_close(running, (mean, var))
+        for name, leaf in leaves.items():
+            if wanted[name]:
+                torch.testing.assert_close(leaf.grad, want[name], msg=f"{name} of {wanted}")
+            else:
+                assert leaf.grad is None
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_double_backward_of_torch_raises(path, monkeypatch):
+    for name, value in zip(("_MOST_ELEMENTS", "_SERIAL"), PATHS[path], strict=True):
+        monkeypatch.setattr(torch_small, name, value)
+    for training in (False, True):
+        x = torch.randn(5, 3, requires_grad=True)
+        module = Dice(3, backend="torch").train(training)
+        (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -197,10 +197,14 @@ def test_module_errors():
         Dice(3)(torch.zeros(4, 5))
 
 
-def test_parameters_of_another_precision(device):
-    """bfloat16 activations with float32 parameters, and the other way round."""
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_of_another_precision(training, device):
+    """bfloat16 activations with float32 parameters, the other way round, and bfloat16 throughout."""
     for backend in ("torch", "triton"):
-        for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
-            make_case((20, 4), dtype=dtype, parameter_dtype=kept, affine=True, training=False, device=device).check(
-                backend
-            )
+        for dtype, kept in (
+            (torch.bfloat16, torch.float32),
+            (torch.float32, torch.bfloat16),
+            (torch.bfloat16, torch.bfloat16),
+        ):
+            case = make_case((20, 4), dtype=dtype, parameter_dtype=kept, affine=True, training=training, device=device)
+            case.check(backend)

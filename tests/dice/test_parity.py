@@ -129,10 +129,13 @@ def test_default_device(training):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(2, 1), (1024, 3), (1025, 3), (1023, 256), (1024, 257)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(2, 1), (1024, 3), (1025, 3), (1024, 32), (1024, 33), (1023, 256), (1024, 257)]
+)
 def test_torch_borders(rows, width, affine, training, device):
     """Sizes at which the paths for small inputs end."""
     assert torch_small._MOST_ROWS == 1024
+    assert torch_small._SERIAL == 1024 * 32
     assert torch_small._MOST_ELEMENTS == 1024 * 256
     make_case((rows, width), affine=affine, training=training, device=device).check("torch")
 

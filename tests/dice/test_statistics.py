@@ -7,7 +7,7 @@ import torch
 
 from din_kernels import functional
 from din_kernels.modules import Dice
-from din_kernels.ops.dice import torch_statistics, triton_impl
+from din_kernels.ops.dice import torch_small, torch_statistics, triton_impl
 from din_kernels.ops.dice.function import forward_op, moments_op
 from din_kernels.ops.dice.torch_statistics import moments_of
 
@@ -75,8 +75,10 @@ def test_epsilon_is_kept(backend, device):
 
 @pytest.mark.parametrize(("deviation", "mean"), [(1e-7, 1e-3**0.5), (1e-3, 100.0), (1.0, 0.0), (1e-4, -1.0)])
 @pytest.mark.parametrize("rows", [2, 1024])
-def test_small_inputs(rows, deviation, mean):
-    """The torch backend's path for small inputs on CPUs: float32 sums, of differences from the first row."""
+@pytest.mark.parametrize("all_threads", [False, True])
+def test_small_inputs(all_threads, rows, deviation, mean, monkeypatch):
+    """The torch backend's paths for small inputs on CPUs: float32 sums, of differences from the first row."""
+    monkeypatch.setattr(torch_small, "_SERIAL", 0 if all_threads else 1 << 15)
     x = delicate(rows, deviation, mean, torch.device("cpu"))
     x[1:3, 1] += 30 * deviation * rows**0.5  # rows far from the first one, and the first one far from the others
     x[0, 2] -= 30 * deviation * rows**0.5

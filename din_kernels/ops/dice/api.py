@@ -22,7 +22,7 @@ def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> Non
 
 def _is_plain(
     x: Tensor, alpha: Tensor, mean: Tensor | None, var: Tensor | None, tracked: Tensor | None, momentum: float | None,
-    eps: float,
+    eps: float, training: bool,
 ) -> bool:  # fmt: skip
     """Whether these are what nearly every call passes, and right: small calls need not pay for ``_check``."""
     if not (type(x) is Tensor and isinstance(alpha, Tensor) and isinstance(mean, Tensor) and isinstance(var, Tensor)):
@@ -33,7 +33,7 @@ def _is_plain(
         and dtype in _checks.FLOAT_DTYPES and len(width) == 1 and width[0] > 0
         and alpha.shape == width and mean.shape == width and var.shape == width
         and mean.is_contiguous() and var.is_contiguous()
-        and type(momentum) is float and 0.0 <= momentum <= 1.0 and eps >= 0.0
+        and ((type(momentum) is float and 0.0 <= momentum <= 1.0) or (momentum is None and not training)) and eps >= 0.0
         and (tracked is None or (isinstance(tracked, Tensor) and tracked.dtype is torch.int64 and tracked.dim() == 0))
         and _are_together(x, alpha, mean, var, tracked)
     )  # fmt: skip
@@ -160,7 +160,7 @@ def dice(
         BackendUnavailable: an explicit backend that cannot serve here.
     """
     plain = weight is bias is shift is mask is None and _is_plain(
-        x, alpha, running_mean, running_var, num_batches_tracked, momentum, eps
+        x, alpha, running_mean, running_var, num_batches_tracked, momentum, eps, training
     )
     if not plain:
         _check(
@@ -184,14 +184,10 @@ def dice(
         or (not plain and any(t is not None and t.requires_grad for t in (weight, bias, shift)))
     )  # fmt: skip
     eager = is_eager(rows)
-    if (
-        served_by == "torch" and eager and mask is shift is process_group is None
-        and (momentum is not None or num_batches_tracked is None)
-        and torch_small.serves(rows, training, alpha, weight, bias, running_mean, running_var)
-    ):  # fmt: skip
+    if served_by == "torch" and eager and mask is shift is process_group is None and torch_small.serves(rows, training):
         y = torch_small.dice(
-            rows, alpha, weight, bias, running_mean, running_var, num_batches_tracked, momentum or 0.0, eps,
-            training=training, recorded=recorded, in_place=overwrite,
+            rows, alpha, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+            training=training, recorded=recorded, in_place=overwrite and rows.is_contiguous(),
         )  # fmt: skip
         return y if len(shape) == 2 else y.reshape(shape)
     running = Running(running_mean, running_var, num_batches_tracked, momentum, eps)

@@ -196,7 +196,8 @@ def forward(
     if (
         plain
         and isinstance(step, float)
-        and torch_small.serves(x, True, alpha, weight, bias, running_mean, running_var)
+        and torch_small.serves(x, True)
+        and torch_small.is_uniform(x, alpha, weight, bias, running_mean, running_var)
     ):
         y, mean, rstd = torch_small.forward(x, alpha, weight, bias, running_mean, running_var, tracked, step, eps)
         return y, Normaliser(mean, rstd, 1 / x.shape[0]).packed()
@@ -219,7 +220,7 @@ def inference(
     eps: float, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [N, C] of ``evaluate`` alone; in the memory of x if ``in_place``."""
-    if shift is None and torch_small.serves(x, False, alpha, weight, bias, mean, var):
+    if shift is None and torch_small.serves(x, False) and torch_small.is_uniform(x, alpha, weight, bias, mean, var):
         return torch_small.inference(x, alpha, weight, bias, mean, var, eps, in_place=in_place)
     mean, rstd, _ = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     if shift is not None:
@@ -238,7 +239,7 @@ def evaluate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
-    if shift is None and torch_small.serves(x, False, alpha, weight, bias, mean, var):
+    if shift is None and torch_small.serves(x, False) and torch_small.is_uniform(x, alpha, weight, bias, mean, var):
         y, kept, rstd = torch_small.evaluate(x, alpha, weight, bias, mean, var, eps)
         return y, Normaliser(kept, rstd, 0.0).packed()
     normaliser = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
@@ -275,7 +276,7 @@ def backward(
         return dx.to(x.dtype), torch.cat((total, dx.sum(0, keepdim=True)))
     mean, rstd, inverse = normaliser.to(wide_dtype(x.dtype)).unbind(0)
     plain = mask is None and gathered is None and grad.dtype is x.dtype
-    if plain and torch_small.serves(x, training, alpha, weight, bias):
+    if plain and torch_small.serves(x, training) and torch_small.is_uniform(x, alpha, weight, bias):
         dx, of_alpha, *affine = torch_small.backward(grad, x, mean, rstd, alpha, weight, bias, training)
         of_weight, of_bias = (torch.zeros_like(mean),) * 2 if weight is None else affine
         return dx, torch.stack((of_bias, of_weight, of_alpha))

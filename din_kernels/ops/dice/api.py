@@ -21,13 +21,23 @@ def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> Non
 
 
 def _is_plain(
-    x: Tensor, alpha: Tensor, mean: Tensor | None, var: Tensor | None, tracked: Tensor | None, momentum: float | None,
-    eps: float, training: bool,
+    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, mean: Tensor | None,
+    var: Tensor | None, tracked: Tensor | None, momentum: float | None, eps: float, training: bool,
 ) -> bool:  # fmt: skip
     """Whether these are what nearly every call passes, and right: small calls need not pay for ``_check``."""
     if not (type(x) is Tensor and isinstance(alpha, Tensor) and isinstance(mean, Tensor) and isinstance(var, Tensor)):
         return False
     dtype, kept, width = x.dtype, mean.dtype, x.shape[-1:]
+    if not (weight is bias is None) and not (
+        isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dtype is kept and bias.dtype is kept
+        and weight.shape == width and bias.shape == width and weight.device == bias.device == x.device
+    ):  # fmt: skip
+        return False
+    if shift is not None and not (
+        isinstance(shift, Tensor) and shift.dtype in _checks.FLOAT_DTYPES and shift.shape == width
+        and shift.device == x.device
+    ):  # fmt: skip
+        return False
     return (
         (kept is torch.float32 or kept is dtype) and alpha.dtype is kept and var.dtype is kept
         and dtype in _checks.FLOAT_DTYPES and len(width) == 1 and width[0] > 0
@@ -159,8 +169,8 @@ def dice(
             ``mask`` or ``process_group``, which has no variance.
         BackendUnavailable: an explicit backend that cannot serve here.
     """
-    plain = weight is bias is shift is mask is None and _is_plain(
-        x, alpha, running_mean, running_var, num_batches_tracked, momentum, eps, training
+    plain = mask is None and _is_plain(
+        x, alpha, weight, bias, shift, running_mean, running_var, num_batches_tracked, momentum, eps, training
     )
     if not plain:
         _check(
@@ -174,14 +184,14 @@ def dice(
     rows = x if len(shape) == 2 else x.reshape(-1, width)  # a view would be one more node for autograd to visit
     if training and mask is None and process_group is None and rows.shape[0] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    if not plain:
-        if alpha.shape != (width,):
-            alpha = alpha.reshape(-1).expand(width)
-        if mask is not None:
-            mask = mask.reshape(-1) if training else None
+    if not plain and alpha.shape != (width,):
+        alpha = alpha.reshape(-1).expand(width)
+    if mask is not None:
+        mask = mask.reshape(-1) if training else None
     recorded = torch.is_grad_enabled() and (
         x.requires_grad or alpha.requires_grad
-        or (not plain and any(t is not None and t.requires_grad for t in (weight, bias, shift)))
+        or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+        or (shift is not None and shift.requires_grad)
     )  # fmt: skip
     eager = is_eager(rows)
     if served_by == "torch" and eager and mask is shift is process_group is None and torch_small.serves(rows, training):

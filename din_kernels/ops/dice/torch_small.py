@@ -31,9 +31,9 @@ _ONE_MORE = torch.ones((), dtype=torch.int64, device="cpu")
 
 
 @functools.lru_cache(maxsize=64)
-def _constant(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A number as a tensor that nobody writes to: torch takes longer over a Python number than over an addition."""
-    return torch.full(shape, value, dtype=dtype, device="cpu")
+    return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def serves(x: Tensor, training: bool) -> bool:

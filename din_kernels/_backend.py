@@ -82,12 +82,12 @@ _key = os.environ.encodekey(_VARIABLE) if _environment is not os.environ else _V
 
 
 @while_tracing
-def _requested() -> str | None:
+def requested() -> str | None:
     """The backend that ``DIN_KERNELS_BACKEND`` names; None where it names none, or "auto"."""
     if _key not in _environment:
         return None
-    requested = os.environ[_VARIABLE].strip().lower()
-    return None if requested in ("", "auto") else requested
+    named = os.environ[_VARIABLE].strip().lower()
+    return None if named in ("", "auto") else named
 
 
 _too_old: dict[torch.device, str] = {}
@@ -127,8 +127,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
     """
     check_name(backend)
     if backend is None:
-        requested = _requested()
-        if requested is None:
+        named = requested()
+        if named is None:
             if device.type != "cuda" or not has_triton():
                 return "torch"
             reason = why_too_old(device)
@@ -136,9 +136,9 @@ def resolve(backend: str | None, device: torch.device) -> str:
                 return "triton"
             log_once(f"{reason}; the torch backend serves it")
             return "torch"
-        if requested not in BACKENDS:
-            raise ValueError(f"DIN_KERNELS_BACKEND must be 'triton', 'torch' or 'auto', got {requested!r}")
-        backend = requested
+        if named not in BACKENDS:
+            raise ValueError(f"DIN_KERNELS_BACKEND must be 'triton', 'torch' or 'auto', got {named!r}")
+        backend = named
     if backend == "torch":
         return "torch"
     if not has_triton():

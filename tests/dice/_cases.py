@@ -105,7 +105,7 @@ class Case:
         y, grads = self.run(backend)
         dtype, rows = self.x.dtype, self.x.numel() // max(1, self.x.shape[-1])
         assert y.dtype == dtype
-        assert y.is_contiguous()
+        assert y.is_contiguous() or not self.x.is_contiguous()
         assert_close("y", y, y_want, length=rows, stages=3)
         size = float(self.grad.double().square().mean().sqrt()) if self.grad.numel() else 0.0
         assert_close("dx", grads["x"], grads_want["x"], length=rows, stages=6, scale=size)

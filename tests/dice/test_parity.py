@@ -127,6 +127,46 @@ def test_default_device(training):
     case.check("torch")
 
 
+@pytest.mark.parametrize("deviations", [0.0, 1.0, 17.0, 1e4])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("shape", [(1024, 64), (13, 100, 64), (1023, 64), (70000, 1), (9, 70)])
+def test_evaluation_far_from_the_mean(shape, affine, deviations, device):
+    """x·rate + level is only for where it does not cancel: means of so many deviations, in all channels or one."""
+    assert torch_small._FOLDED == 1024 * 64
+    for everywhere in (True, False):
+        case = make_case(shape, affine=affine, training=False, device=device, eps=1e-30)
+        case.running_var.fill_(0.01)
+        case.running_mean.zero_()
+        case.running_mean[slice(None) if everywhere else -1] = 0.1 * deviations
+        # As far from the mean as three deviations, which float32 holds to a few thousandths of one.
+        case.x = case.running_mean + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        y_want, *_ = case.expected()
+        leaves = case.leaves()
+        arguments = {"weight": leaves.get("weight"), "bias": leaves.get("bias"), "eps": case.eps, "backend": "torch"}
+        with torch.no_grad():
+            y = dice(case.x, case.alpha, case.running_mean, case.running_var, **arguments)
+        assert_close("y", y, y_want, stages=3)
+        case.check("torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(12))
+def test_evaluation_without_gradients(seed, dtype, device, path):
+    case = random_case(seed, max_rows=200, dtype=dtype, device=device)
+    case.training, case.mask = False, None
+    if seed % 6 == 5:
+        case.x, case.grad = case.x.reshape(-1, case.x.shape[-1])[0], case.grad.reshape(-1, case.x.shape[-1])[0]
+    y_want, *_ = case.expected()
+    for overwrite in (False, True):
+        with torch.no_grad():
+            y = dice(
+                case.x.clone(), case.alpha, case.running_mean, case.running_var, weight=case.weight, bias=case.bias,
+                eps=case.eps, overwrite=overwrite, backend="torch",
+            )  # fmt: skip
+        assert y.dtype == dtype
+        assert_close("y", y, y_want, stages=3)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize(

@@ -21,31 +21,67 @@ def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> Non
 
 
 def _is_plain(
-    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, mean: Tensor | None,
-    var: Tensor | None, tracked: Tensor | None, momentum: float | None, eps: float, training: bool,
+    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, mask: Tensor | None,
+    mean: Tensor | None, var: Tensor | None, tracked: Tensor | None, momentum: float | None, eps: float, training: bool,
 ) -> bool:  # fmt: skip
     """Whether these are what nearly every call passes, and right: small calls need not pay for ``_check``."""
     if not (type(x) is Tensor and isinstance(alpha, Tensor) and isinstance(mean, Tensor) and isinstance(var, Tensor)):
         return False
-    dtype, kept, width = x.dtype, mean.dtype, x.shape[-1:]
+    dtype, kept = x.dtype, mean.dtype
+    if x.dim() < 1:
+        return False
+    width = x.size(-1)
     if not (weight is bias is None) and not (
         isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dtype is kept and bias.dtype is kept
-        and weight.shape == width and bias.shape == width and weight.device == bias.device == x.device
+        and weight.shape == bias.shape == (width,) and weight.device == bias.device == x.device
     ):  # fmt: skip
         return False
     if shift is not None and not (
-        isinstance(shift, Tensor) and shift.dtype in _checks.FLOAT_DTYPES and shift.shape == width
+        isinstance(shift, Tensor) and shift.dtype in _checks.FLOAT_DTYPES and shift.shape == (width,)
         and shift.device == x.device
     ):  # fmt: skip
         return False
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == x.shape[:-1] and mask.device == x.device
+    ):
+        return False
+    # Numbers of elements and dimensions, because to compare shapes takes several times as long.
+    slopes = alpha.numel()
     return (
         (kept is torch.float32 or kept is dtype) and alpha.dtype is kept and var.dtype is kept
-        and dtype in _checks.FLOAT_DTYPES and len(width) == 1 and width[0] > 0
-        and alpha.shape == width and mean.shape == width and var.shape == width
+        and dtype in _checks.FLOAT_DTYPES and width > 0
+        and ((slopes == width and alpha.dim() == 1) or (slopes == 1 and alpha.dim() <= 2))
+        and mean.numel() == width == var.numel() and mean.dim() == 1 == var.dim()
         and mean.is_contiguous() and var.is_contiguous()
         and ((type(momentum) is float and 0.0 <= momentum <= 1.0) or (momentum is None and not training)) and eps >= 0.0
         and (tracked is None or (isinstance(tracked, Tensor) and tracked.dtype is torch.int64 and tracked.dim() == 0))
         and _are_together(x, alpha, mean, var, tracked)
+    )  # fmt: skip
+
+
+def _is_small_evaluation(
+    x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    momentum: float | None, eps: float, backend: str | None,
+) -> bool:  # fmt: skip
+    """Whether these are right, and for torch to evaluate few elements in one dtype on a CPU: what rankers without GPUs do all
+    day, where most checks would take longer than an operation."""
+    if not (
+        type(x) is Tensor and x.is_cpu and isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(alpha, Tensor)
+        and torch_small.is_uniform(x, alpha, weight, bias, mean, var)
+    ):  # fmt: skip
+        return False
+    width = mean.numel()
+    if not (weight is bias is None) and not (
+        weight is not None and bias is not None and weight.is_cpu and bias.is_cpu
+        and weight.shape == bias.shape == (width,)
+    ):  # fmt: skip
+        return False
+    return (
+        x.dim() > 0 and 0 < width == x.size(-1)
+        and var.numel() == width == alpha.numel() and mean.dim() == 1 == var.dim() == alpha.dim()
+        and mean.is_cpu and var.is_cpu and alpha.is_cpu and eps >= 0.0 and (momentum is None or 0.0 <= momentum <= 1.0)
+        and torch_small.serves(x, False) and is_eager(x)
+        and (backend == "torch" or (backend is None and _backend.requested() is None))
     )  # fmt: skip
 
 
@@ -169,37 +205,48 @@ def dice(
             ``mask`` or ``process_group``, which has no variance.
         BackendUnavailable: an explicit backend that cannot serve here.
     """
-    plain = mask is None and _is_plain(
-        x, alpha, weight, bias, shift, running_mean, running_var, num_batches_tracked, momentum, eps, training
-    )
-    if not plain:
-        _check(
-            x, alpha, weight, bias, shift, mask, running_mean, running_var, num_batches_tracked, momentum, eps, training
-        )
+    if (
+        not training and mask is shift is num_batches_tracked is None and not torch.is_grad_enabled()
+        and _is_small_evaluation(x, alpha, weight, bias, running_mean, running_var, momentum, eps, backend)
+    ):  # fmt: skip
+        assert running_mean is not None
+        assert running_var is not None
+        in_place = overwrite and x.is_contiguous()
+        return torch_small.inference(x, alpha, weight, bias, running_mean, running_var, eps, in_place=in_place)
+    described = (
+        x, alpha, weight, bias, shift, mask, running_mean, running_var, num_batches_tracked, momentum, eps, training
+    )  # fmt: skip
+    if not _is_plain(*described):
+        _check(*described)
     shape = x.shape
     width = shape[-1]
     served_by = choose_backend(backend, x, width)
     if shift is not None and process_group is not None:
         raise ValueError("shift and process_group cannot be combined: add the shift to x")
-    rows = x if len(shape) == 2 else x.reshape(-1, width)  # a view would be one more node for autograd to visit
+    # In evaluation small inputs need not be rows. A view would be one more node for autograd to visit.
+    rows = x if len(shape) == 2 or (not training and len(shape) > 2) else x.reshape(-1, width)
     if training and mask is None and process_group is None and rows.shape[0] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    if not plain and alpha.shape != (width,):
-        alpha = alpha.reshape(-1).expand(width)
+    if alpha.dim() == 2:
+        alpha = alpha.reshape(-1)
     if mask is not None:
-        mask = mask.reshape(-1) if training else None
+        mask = (mask if len(shape) == 2 else mask.reshape(-1)) if training else None
     recorded = torch.is_grad_enabled() and (
         x.requires_grad or alpha.requires_grad
         or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         or (shift is not None and shift.requires_grad)
     )  # fmt: skip
     eager = is_eager(rows)
-    if served_by == "torch" and eager and mask is shift is process_group is None and torch_small.serves(rows, training):
+    if served_by == "torch" and eager and shift is process_group is None and torch_small.serves(rows, training):
         y = torch_small.dice(
-            rows, alpha, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+            rows, alpha, weight, bias, mask, running_mean, running_var, num_batches_tracked, momentum, eps,
             training=training, recorded=recorded, in_place=overwrite and rows.is_contiguous(),
         )  # fmt: skip
-        return y if len(shape) == 2 else y.reshape(shape)
+        return y if rows is x else y.reshape(shape)
+    if rows.dim() != 2:
+        rows = x.reshape(-1, width)
+    if alpha.shape != (width,):
+        alpha = alpha.expand(width)
     running = Running(running_mean, running_var, num_batches_tracked, momentum, eps)
     call = (rows, alpha, weight, bias, mask, running, training, process_group, served_by, shift)
     if recorded:

@@ -50,7 +50,7 @@ class _Gate:
         self, x: Tensor, mean: Tensor, rstd: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> None:
         self.wide = wide_dtype(x.dtype)
-        self.alpha = alpha if alpha.dtype == self.wide else alpha.to(self.wide)
+        self.alpha = (alpha if alpha.dtype == self.wide else alpha.to(self.wide)).contiguous()
         self.rate = rstd if weight is None else rstd * weight.to(self.wide)
         self.base: Tensor | None = mean
         self.rest: Tensor | None = None
@@ -177,6 +177,11 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     return stack(*moments_of(x, mask))
 
 
+def _is_small(x: Tensor, training: bool, alpha: Tensor, *others: Tensor | None) -> bool:
+    """Whether ``torch_small`` serves, and what it makes of x is contiguous, as the operators promise."""
+    return torch_small.serves(x, training) and x.is_contiguous() and torch_small.is_uniform(x, alpha, *others)
+
+
 def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
     return x if shift is None else x.to(wide_dtype(x.dtype)) + shift
 
@@ -192,15 +197,10 @@ def forward(
     gathered  moments [W, 3, C] of all processes, to be used instead of those of x; or None, as with a shift
     step      weight of this batch in the running statistics
     """
-    plain = shift is None and mask is None and gathered is None
-    if (
-        plain
-        and isinstance(step, float)
-        and torch_small.serves(x, True)
-        and torch_small.is_uniform(x, alpha, weight, bias, running_mean, running_var)
-    ):
-        y, mean, rstd = torch_small.forward(x, alpha, weight, bias, running_mean, running_var, tracked, step, eps)
-        return y, Normaliser(mean, rstd, 1 / x.shape[0]).packed()
+    plain = shift is None and gathered is None
+    if plain and isinstance(step, float) and _is_small(x, True, alpha, weight, bias, running_mean, running_var):
+        y, used = torch_small.forward(x, mask, alpha, weight, bias, running_mean, running_var, tracked, step, eps)
+        return y, Normaliser(used.mean, used.rstd, 1 / used.rows if used.rows else 0.0).packed()
     z = _shifted(x, shift)
     count, mean, m2 = moments_of(z, mask) if gathered is None else merge(*gathered.unbind(1))
     normaliser = batch_normaliser(count, mean, m2, running_mean, running_var, tracked, step, eps)
@@ -220,7 +220,7 @@ def inference(
     eps: float, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """y [N, C] of ``evaluate`` alone; in the memory of x if ``in_place``."""
-    if shift is None and torch_small.serves(x, False) and torch_small.is_uniform(x, alpha, weight, bias, mean, var):
+    if shift is None and _is_small(x, False, alpha, weight, bias, mean, var):
         return torch_small.inference(x, alpha, weight, bias, mean, var, eps, in_place=in_place)
     mean, rstd, _ = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     if shift is not None:
@@ -239,9 +239,9 @@ def evaluate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Evaluation with running statistics ``mean``, ``var`` [C]: (y [N, C], normaliser [3, C])."""
-    if shift is None and torch_small.serves(x, False) and torch_small.is_uniform(x, alpha, weight, bias, mean, var):
-        y, kept, rstd = torch_small.evaluate(x, alpha, weight, bias, mean, var, eps)
-        return y, Normaliser(kept, rstd, 0.0).packed()
+    if shift is None and _is_small(x, False, alpha, weight, bias, mean, var):
+        y, used = torch_small.evaluate(x, alpha, weight, bias, mean, var, eps)
+        return y, Normaliser(used.mean, used.rstd, 0.0).packed()
     normaliser = running_normaliser(mean, var, eps, wide_dtype(x.dtype))
     z = _shifted(x, shift)
     gate = _Gate(z, normaliser.mean, normaliser.rstd, alpha, weight, bias)
@@ -276,8 +276,9 @@ def backward(
         return dx.to(x.dtype), torch.cat((total, dx.sum(0, keepdim=True)))
     mean, rstd, inverse = normaliser.to(wide_dtype(x.dtype)).unbind(0)
     plain = mask is None and gathered is None and grad.dtype is x.dtype
-    if plain and torch_small.serves(x, training) and torch_small.is_uniform(x, alpha, weight, bias):
-        dx, of_alpha, *affine = torch_small.backward(grad, x, mean, rstd, alpha, weight, bias, training)
+    if plain and _is_small(x, training, alpha, weight, bias):
+        used = torch_small.Used(mean, rstd, x.shape[0] if training else 0)
+        dx, of_alpha, *affine = torch_small.backward(grad, x, None, used, alpha, weight, bias)
         of_weight, of_bias = (torch.zeros_like(mean),) * 2 if weight is None else affine
         return dx, torch.stack((of_bias, of_weight, of_alpha))
     gate = _Gate(x, mean, rstd, alpha, weight, bias)

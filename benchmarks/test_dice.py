@@ -105,9 +105,10 @@ def test_dice(arena: Arena, benchmark: Any, case: Case) -> None:
         called = torch.compile(module, dynamic=False) if compiled else module
         return _call(called, module.alpha, measure)  # type: ignore[arg-type]
 
-    def fused() -> Callable[[DiceInputs], Sequence[Tensor]]:
+    def fused(compiled: bool = False) -> Callable[[DiceInputs], Sequence[Tensor]]:
         module = with_alpha(din_kernels.Dice(workload.channels))
-        return _call(module, module.alpha, measure)  # type: ignore[arg-type]
+        called = torch.compile(module, dynamic=False) if compiled else module
+        return _call(called, module.alpha, measure)  # type: ignore[arg-type]
 
     def batch_norm(compiled: bool) -> Callable[[DiceInputs], Sequence[Tensor]]:
         module = BatchNormDice(alpha).to(device).train()
@@ -138,6 +139,7 @@ def test_dice(arena: Arena, benchmark: Any, case: Case) -> None:
     )  # fmt: skip
     contestants = [
         Contestant(FIRST, fused, _named),
+        Contestant("fused, compiled", lambda: fused(True), _named, compiled=True),
         Contestant("eager", lambda: reference(False), _named),
         Contestant("over BatchNorm", lambda: batch_norm(False), _named),
         Contestant("compiled", lambda: reference(True), _named, compiled=True),

@@ -23,6 +23,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _implementations: dict[Any, Callable[..., Any]] = {}
 
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
 def define(
     schema: str,
     *,
@@ -48,6 +51,12 @@ def define(
     if direct is not None:
         _implementations.setdefault(operator, direct)
     return operator
+
+
+def is_compiling() -> bool:
+    """Whether ``torch.compile`` traces. ``torch.export`` does not count: what it writes down runs on any device and thread, by
+    operators that decide when they run."""
+    return torch.compiler.is_compiling() and not _is_exporting()
 
 
 def is_eager(*tensors: Tensor | None) -> bool:

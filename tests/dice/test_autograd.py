@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from din_kernels import functional
 from din_kernels.modules import Dice
 from din_kernels.ops import DiceFunction
 from din_kernels.ops.dice import function, torch_small
 
-from ._cases import make_case
+from ._cases import Case, make_case
 
 BACKENDS = ("torch", "triton")
 
@@ -163,6 +166,45 @@ def test_compile_fullgraph(backend, device):
     for (name, p), q in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
     assert int(model[1].num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": True, "masked": True, "momentum": None}, {"shift": True, "momentum": 0.3}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compile_torch(options, dtype, device):
+    """Without kernels the compiler gets Dice as operations that it fuses, none of ours; values, gradients and statistics."""
+    seen = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    shift = torch.randn(5, device=device) if options.get("shift") else None
+
+    def call(case: Case) -> Any:
+        return functional.dice(
+            case.x, case.alpha, case.running_mean, case.running_var, weight=case.weight, bias=case.bias, mask=case.mask,
+            shift=shift, num_batches_tracked=case.tracked, training=case.training, momentum=case.momentum, backend="torch",
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    for training in (True, False):
+        found = []
+        for called in (call, compiled):
+            case = make_case(
+                (7, 3, 5), training=training, dtype=dtype, device=device,
+                **{name: value for name, value in options.items() if name != "shift"},
+            )  # fmt: skip
+            leaves = [t.requires_grad_() for t in case.leaves().values()]
+            y = called(case)
+            found.append(
+                (y, *torch.autograd.grad(y, leaves, case.grad), case.running_mean, case.running_var, case.tracked)
+            )
+        torch.testing.assert_close(found[1], found[0])
+    assert seen
+    assert not any("din_kernels" in target for target in seen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

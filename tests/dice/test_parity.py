@@ -10,18 +10,21 @@ import torch
 from din_kernels import BackendUnavailable
 from din_kernels.functional import dice
 from din_kernels.modules import Dice
-from din_kernels.ops.dice import torch_small, triton_impl
+from din_kernels.ops.dice import api, torch_small, triton_impl
 from din_kernels.ops.dice.api import MAX_WIDTH
 from din_kernels.testing import assert_close
 
 from ._cases import STRIDES, make_case, random_case
 
 
-@pytest.fixture(params=["small", "any size"])
+@pytest.fixture(params=["small", "any size", "traced"])
 def path(request, monkeypatch):
-    """Small inputs take a path of their own on CPUs; "any size": the other one."""
-    if request.param != "small":
+    """Small inputs take a path of their own on CPUs; "any size": the other one; "traced": what is compiled by torch."""
+    if request.param == "any size":
         monkeypatch.setattr(torch_small, "_MOST_ELEMENTS", -1)
+    if request.param == "traced":
+        monkeypatch.setattr(api, "is_eager", lambda *_: False)
+        monkeypatch.setattr(api, "is_compiling", lambda: True)
 
 
 @pytest.mark.parametrize("seed", range(60))

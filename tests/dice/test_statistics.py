@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -102,6 +104,30 @@ def test_small_inputs(all_threads, rows, deviation, mean, monkeypatch):
         assert ((naive[2].double() / rstd - 1).abs() > 2 * rounding).any() or (
             naive[0] - (wide - wide.mean(0)) * rstd
         ).abs().max() > 4 * rounding
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch.compile needs one for C++")
+@pytest.mark.parametrize("masked", [False, True])
+def test_small_variance_compiled(masked):
+    """What torch.compile makes of Dice on a CPU adds up in an order of its own, and loses nothing."""
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.dice, fullgraph=True)
+    alpha = torch.zeros(6)
+    for deviation, mean in ((1e-7, 1e-3**0.5), (1e-3, 100.0), (1.0, 0.0)):
+        x = delicate(4000, deviation, mean, torch.device("cpu"))
+        mask = torch.arange(len(x)) % 3 != 0 if masked else None
+        running = torch.zeros(6), torch.zeros(6)
+        y = compiled(x, alpha, *running, mask=mask, training=True, momentum=1.0, eps=1e-30, backend="torch")
+        wide = x.double()
+        counted = wide if mask is None else wide[mask]
+        ulp = abs(mean) * 2.0**-23
+        torch.testing.assert_close(running[0].double(), counted.mean(0), rtol=0, atol=ulp + 3e-6 * deviation)
+        rounding = 1e-5 + (2 * (ulp / deviation) ** 2 if masked else 0.0)
+        torch.testing.assert_close(running[1].double(), counted.var(0), rtol=rounding, atol=0)
+        z = (wide - counted.mean(0)) / counted.std(0, unbiased=False)
+        torch.testing.assert_close(
+            y.double() / wide, z.sigmoid(), rtol=0, atol=1e-5 + (ulp / deviation if masked else 0.0)
+        )
 
 
 @pytest.mark.parametrize("backend", SUMMED)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import _backend, _checks
-from . import torch_small
+from ..._library import is_compiling
+from . import torch_small, torch_traced
 from .function import DiceFunction, Running, compute, implementation, is_eager
 
 MAX_WIDTH = 8192  # channels the kernels serve; the torch backend has no limit
@@ -248,6 +249,9 @@ def dice(
     if alpha.shape != (width,):
         alpha = alpha.expand(width)
     running = Running(running_mean, running_var, num_batches_tracked, momentum, eps)
+    if served_by == "torch" and process_group is None and is_compiling():
+        y = torch_traced.dice(rows, shift, alpha, weight, bias, mask, running, training)
+        return y if len(shape) == 2 else y.reshape(shape)
     call = (rows, alpha, weight, bias, mask, running, training, process_group, served_by, shift)
     if recorded:
         y = DiceFunction.apply(*call)

@@ -27,6 +27,7 @@ class CompileCase:
     unit        what ``rows`` counts
     aligned     names of arguments promised to be divisible by 16 (pointers from the allocator, padded strides)
     targets     architectures: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``
+    stack       bytes of stack a thread may use at most; 0 but where the kernel is known to be the best there is even so
     """
 
     name: str
@@ -40,3 +41,4 @@ class CompileCase:
     aligned: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("sm_80", "sm_90", "gfx942")
     options: Mapping[str, Any] = field(default_factory=dict)
+    stack: int = 0

@@ -66,6 +66,9 @@ SHAPES = [
     Spec(lengths=(40,), dim=96, hidden=(64, 16), activation="relu", dtype=torch.bfloat16),
     Spec(lengths=(40, 20), dim=64, hidden=(36,), activation="dice", training=True, layout="padded"),
     Spec(lengths=(30, 6), dim=20, hidden=(20, 40), activation="dice", training=True, dtype=torch.bfloat16),
+    Spec(lengths=(7, 0, 60), dim=36, hidden=(80, 40), activation="prelu"),
+    Spec(lengths=(7, 0, 60), dim=18, hidden=(80, 40), activation="dice"),
+    Spec(lengths=(7, 0, 60), dim=64, hidden=(64, 64), activation="dice", dtype=torch.bfloat16),
 ]
 
 
@@ -161,12 +164,19 @@ def test_dispatch(device, monkeypatch):
         (dataclasses.replace(served, interaction="outer", dim=36, softmax=True), True, "universal"),
         (dataclasses.replace(served, interaction="outer", hidden=(36, 16)), False, "universal"),
         (dataclasses.replace(served, dtype=torch.float32, dim=96), False, "universal"),
+        (dataclasses.replace(served, hidden=(80, 40), activation="dice"), True, "packed"),
+        (dataclasses.replace(served, hidden=(64, 64), activation="prelu"), True, "packed"),
+        (dataclasses.replace(served, hidden=(128,), activation="dice"), True, "universal"),
     ]:
         case = make_case(spec, device)
         saved = universal.forward(case.config, case.tensors, return_weights=False)
         grad_weights = case.grad_weights if through_weights else None
         triton_impl.backward(case.config, case.tensors, saved, case.grad_pooled, grad_weights, None)
         assert taken.pop() == path, spec
+    # Two blocks of a layer with Dice are more than older GPUs hold, one is not.
+    for hidden, capability, fits in (((80, 40), 90, True), ((80, 40), 80, False), ((64, 32), 80, True)):
+        config = make_case(dataclasses.replace(served, hidden=hidden, activation="dice"), device).config
+        assert packed_backward.fits(config, torch.bfloat16, capability) == fits
 
 
 def test_a_wrong_kernel_is_caught(device, monkeypatch):

@@ -17,7 +17,6 @@ from din_kernels.ops.local_activation import (
     tiled,
     triton_impl,
     universal,
-    universal_backward,
 )
 from din_kernels.ops.local_activation.problem import UnitGradients
 from din_kernels.testing import assert_close
@@ -29,12 +28,6 @@ from .test_packed_forward import BORDERS, packed_specs
 from .test_universal_forward import SETTINGS
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def everywhere(monkeypatch):
-    """``fits_sums`` is about registers; here the packed sums are to be taken whatever the widths."""
-    monkeypatch.setattr(packed_backward, "fits_sums", lambda *a: True)
 
 
 def trained(spec: Spec) -> Spec:
@@ -107,6 +100,9 @@ SPREAD = [
     Spec((40, 20), 20, (40, 36), layout="padded", softmax=True, scale=0.5),
     Spec((1, 30, 6), 64, (36,), dtype=torch.bfloat16, index_dtype=torch.int32),
     Spec((30, 66), 128, (20, 40), dtype=torch.bfloat16, softmax=True),
+    Spec((30, 0, 66), 20, (80, 40), softmax=True),
+    Spec((30, 66), 64, (80, 40), dtype=torch.bfloat16),
+    Spec((30, 6), 16, (64, 64), softmax=True),
 ]
 
 
@@ -187,25 +183,9 @@ def test_memory():
 
 
 def test_dispatch(device, monkeypatch):
-    """The packed sums where they have the registers, the universal ones elsewhere; statistics as the forward goes."""
-    monkeypatch.setattr(packed_backward, "fits_sums", packed_sums.fits_sums)
+    """Statistics go as the forward does."""
     taken = []
-    for module, name, path in (
-        (packed_backward, "dice_sums", "packed"), (universal_backward, "dice_sums", "universal"),
-    ):  # fmt: skip
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, real=real, path=path: (taken.append(path), real(*a))[1])
     served = trained(Spec((3, 9), 16, (36,), dtype=torch.bfloat16))
-    for capability, spec, path in [
-        (80, served, "packed"),
-        (80, dataclasses.replace(served, hidden=(64,)), "packed"),
-        (80, dataclasses.replace(served, hidden=(64,), softmax=True), "universal"),
-        (90, dataclasses.replace(served, hidden=(64,), softmax=True), "packed"),
-    ]:
-        monkeypatch.setattr(packed_backward, "capability_of", lambda device, capability=capability: capability)
-        run_backward(make_case(spec, device))
-        assert taken.pop() == path, spec
-        assert not taken
     for module in (packed_sums, tiled, universal):
         path = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "moments_of_programs", lambda *a, path=path: taken.append(path))
@@ -228,6 +208,7 @@ WRONG_NUMBERS = [
     ("(p - p * p)", "p", "grad"),
     ("term * turn", "term", "grad"),
     ("factor * (1.0 - load_vector(alpha, n, H, True))", "factor", "grad"),
+    ("tl.store(score_gradients + slot, ds)", "tl.store(score_gradients + slot, 0.5 * ds)", "grad"),
     ("ds = ds - tl.load(delta + q, mask=live, other=0.0)", "ds = ds", "grad"),
     ("terms[None, :], 0.0), axis=1)", "terms[None, :], 0.0), axis=1) * 0.0", "grad"),
     ("tl.where(segment >= begins, 1, 0), its_sums", "0 * segment, its_sums", "grad"),

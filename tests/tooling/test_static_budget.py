@@ -98,7 +98,7 @@ def test_another_triton_is_not_compared(toy_record, tmp_path):
 
 def test_the_register_fallback_of_ptxas_is_named():
     figures = {"registers": 32, "stack": 11264, "spill_instructions": 900, "shared": 0}
-    (failure,) = static_budget.limits("case", "sm_90", figures)
+    (failure,) = static_budget.limits("case", "sm_90", figures, stack=64)
     assert "ptxas gave up" in failure
 
 
@@ -180,3 +180,11 @@ def test_shipped_configurations_keep_their_budget():
     if result.returncode == 3:
         pytest.skip(result.stdout.strip())
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_stack_is_allowed_by_case():
+    figures = {"registers": 255, "stack": 64, "spill_instructions": 20, "shared": 0}
+    assert not static_budget.limits("case", "sm_90", figures, stack=64)
+    for allowed in (0, 56):
+        (failure,) = static_budget.limits("case", "sm_90", figures, stack=allowed)
+        assert "64 bytes of stack" in failure

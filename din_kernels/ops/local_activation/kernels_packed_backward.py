@@ -140,17 +140,18 @@ def add_matrix(totals, n, d, target, N: tl.constexpr, D: tl.constexpr):
 @triton.jit(do_not_specialize=["queries", "first_tile", "end_tile"])
 def backward_scores(
     keys, query, weight1, bias1, alpha1, mean1, rstd1, weight2, bias2, alpha2, mean2, rstd2, weight_out, bias_out,
-    first_slot, tile_first, slot_query, slot_row, grad_pooled, grad_weights, log_normaliser, delta, sums1, sums2,
-    attention, vectors, dz1, h1, dz2,
+    first_slot, tile_first, slot_query, slot_row, grad_pooled, grad_weights, log_normaliser, delta, score_gradients, sums1,
+    sums2, attention, vectors, dz1, h1, dz2,
     key_stride, queries, scale, first_tile, end_tile,
     D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
     H2: tl.constexpr, A2: tl.constexpr, R2: tl.constexpr, ACT: tl.constexpr, BIASES: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, BATCH_STATISTICS: tl.constexpr, HANDS_ON: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, CONTIGUOUS: tl.constexpr, WGMMA: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Tiles first_tile … end_tile − 1, each program every P-th. ``attention`` [·], ``dz1``, ``h1`` [·, A1 + R1] and
     ``dz2`` [·, A2 + R2] begin with the slots of first_tile. A program's row of ``vectors``, zero at first and added to:
-    [Σ ds · h_top, Σ ds, α1, α2], of widths [H_top, 1, H1 and H2 with PReLU and Dice]. WGMMA: see ``begin_layer``. HOIST:
+    [Σ ds · h_top, Σ ds, α1, α2], of widths [H_top, 1, H1 and H2 with PReLU and Dice]. HANDS_ON:
+    ``score_gradients`` have ds of every slot, from ``backward_sums``. WGMMA: see ``begin_layer``. HOIST:
     narrow layers, which leave registers to keep the output layer's weights in; so does a narrow embedding."""
     dtype: tl.constexpr = keys.dtype.element_ty
     OUT_BIAS: tl.constexpr = 4 if H2 > 0 else 2
@@ -231,11 +232,14 @@ def backward_scores(
         e_a = load_rows(keys, row, d_a, live, key_stride, D, CONTIGUOUS)
         v_a = load_rows(query, q, d_a, live, D, D, True)
         ve_a = product(v_a, e_a, FAST)
-        # ∂L/∂a = g · e, with g of the tile's few lists rather than of each row.
-        first = tl.load(tile_first + tile)
-        its_q = first + segment
-        g_a = load_rows(grad_pooled, its_q, d_a, its_q < queries, D, D, True)
-        crossed = tl.dot(e_a, tl.trans(g_a), input_precision=PRECISION)  # [TILE, SEGMENTS]
+        if HANDS_ON:
+            ds = tl.load(score_gradients + slot)
+        else:
+            # ∂L/∂a = g · e, with g of the tile's few lists rather than of each row.
+            first = tl.load(tile_first + tile)
+            its_q = first + segment
+            g_a = load_rows(grad_pooled, its_q, d_a, its_q < queries, D, D, True)
+            crossed = tl.dot(e_a, tl.trans(g_a), input_precision=PRECISION)  # [TILE, SEGMENTS]
         # Forward again. Vectors are loaded where they are used: to keep them would take the registers of a tile.
         c = b1_a if WGMMA else load_bias(bias1, n_a, H1, (BIASES & 1) > 0, ACT)
         z_a = begin_layer(columns, c, n_a, (BIASES & 1) > 0, WGMMA, PRECISION)
@@ -249,12 +253,14 @@ def backward_scores(
             e_r = load_rows(keys, row, d_r, live, key_stride, D, CONTIGUOUS)
             v_r = load_rows(query, q, d_r, live, D, D, True)
             ve_r = product(v_r, e_r, FAST)
-            g_r = load_rows(grad_pooled, its_q, d_r, its_q < queries, D, D, True)
-            crossed = tl.dot(e_r, tl.trans(g_r), crossed, input_precision=PRECISION)
+            if not HANDS_ON:
+                g_r = load_rows(grad_pooled, its_q, d_r, its_q < queries, D, D, True)
+                crossed = tl.dot(e_r, tl.trans(g_r), crossed, input_precision=PRECISION)
             z_a = add_first_layer(z_a, e_r, v_r, ve_r, k_ra, p_ra, q_ra, PRECISION)
             if R1 > 0:
                 z_r = add_first_layer(z_r, e_r, v_r, ve_r, k_rr, p_rr, q_rr, PRECISION)
-        ds = tl.sum(tl.where((q - first)[:, None] == segment[None, :], crossed, 0.0), axis=1)
+        if not HANDS_ON:
+            ds = tl.sum(tl.where((q - first)[:, None] == segment[None, :], crossed, 0.0), axis=1)
         c0, c1, c2 = load_activation(alpha1, mean1, rstd1, n_a, H1, ACT)
         h_a = activate(z_a, c0, c1, c2, ACT, FAST)
         if H2 > 0:
@@ -294,14 +300,16 @@ def backward_scores(
             a += tl.sum(t_r * out_r[None, :], axis=1)
 
         # From the loss to the score.
-        if HAS_GRAD_WEIGHTS:
-            ds += tl.load(grad_weights + row, mask=live, other=0.0).to(tl.float32)
         if SOFTMAX:
             normaliser = tl.load(log_normaliser + q, mask=live, other=0.0)
             a = tl.exp2((a * scale - normaliser) * LOG2_E)
-            ds = scale * a * (ds - tl.load(delta + q, mask=live, other=0.0))
+        if not HANDS_ON:
+            if HAS_GRAD_WEIGHTS:
+                ds += tl.load(grad_weights + row, mask=live, other=0.0).to(tl.float32)
+            if SOFTMAX:
+                ds = scale * a * (ds - tl.load(delta + q, mask=live, other=0.0))
+            ds = tl.where(live, ds, 0.0)
         a = tl.where(live, a, 0.0)
-        ds = tl.where(live, ds, 0.0)
         ds_total += ds
         tl.store(attention + slot - first_tile * TILE, a)
 

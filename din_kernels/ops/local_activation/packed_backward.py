@@ -10,10 +10,10 @@ from torch import Tensor
 from ..._launch import FUSED, launch, on_device
 from . import kernels_packed_backward as kernels
 from . import kernels_packed_gradients as after
-from . import universal_backward
+from . import packed
 from .packed import TILE, Packed, next_power_of_two, serves, widths_of
 from .packed_collect import Results, batches
-from .packed_sums import dice_sums, fits_sums, score_operands
+from .packed_sums import dice_sums, hands_on, score_operands
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import capability_of, num_programs
 
@@ -24,13 +24,11 @@ SUM_OPTIONS: dict[str, int] = {"num_warps": 4, "num_stages": 3, **FUSED}
 
 def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
     """As ``packed.fits``, for the backward kernels (``shipped.compile_cases`` holds them to it)."""
-    widths = widths_of(config)
-    channels = widths.a1 + widths.r1 + widths.a2 + widths.r2
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not packed.fits(config, dtype, capability):
         return False
-    if config.activation in ("dice", "prelu"):
-        return channels <= 64
-    return capability >= 90 or max(widths.a1, widths.a2) <= 64
+    widths = widths_of(config)
+    narrow = max(widths.a1, widths.a2) <= 64
+    return narrow or (capability >= 90 and config.activation in ("sigmoid", "relu"))
 
 
 def serves_backward(config: UnitConfig, tensors: UnitTensors) -> bool:
@@ -79,10 +77,9 @@ def backward(
             "BLOCK_D": block, "H": widths[0], "A": blocks.a1, "R": blocks.r1,
         }  # fmt: skip
         if inv_count is not None:
-            if fits_sums(config, dtype, capability_of(device)):
-                sums = dice_sums(call, operands, inv_count)
-            else:
-                sums = universal_backward.dice_sums(config, tensors, saved, grad_pooled, grad_weights, inv_count)
+            if hands_on(config):
+                operands["score_gradients"] = torch.empty(tiles * TILE, device=device)
+            sums = dice_sums(call, operands, inv_count)
             operands |= {"sums1": sums, "sums2": sums[2 * widths[0] :]}
         for first_tile, end_tile in parts:
             operands |= {"first_tile": first_tile, "end_tile": end_tile}

@@ -22,7 +22,7 @@ from .universal import capability_of, num_programs
 OPTIONS: dict[str, int] = {"num_warps": 4, "num_stages": 1, **FUSED}
 
 
-def _channels(config: UnitConfig) -> tuple[int, int]:
+def channels(config: UnitConfig) -> tuple[int, int]:
     """Of the two layers, with padding."""
     widths = widths_of(config)
     return widths.a1 + widths.r1, widths.a2 + widths.r2
@@ -31,14 +31,14 @@ def _channels(config: UnitConfig) -> tuple[int, int]:
 @functools.lru_cache(maxsize=256)
 def statistics_options(config: UnitConfig) -> dict[str, int]:
     """Two tiles ahead where registers allow."""
-    light = config.embedding_dim <= 64 and sum(_channels(config)) <= 48
+    light = config.embedding_dim <= 64 and sum(channels(config)) <= 48
     return {**OPTIONS, "num_stages": 3 if light else 1}
 
 
 def fits_statistics(config: UnitConfig, dtype: torch.dtype, capability: int, layer: int) -> bool:
     """As ``packed.fits``, for the statistics of ``layer``: moments take a register a channel and row besides, but the weights
     of the layers above none."""
-    widths, (first, second) = widths_of(config), _channels(config)
+    widths, (first, second) = widths_of(config), channels(config)
     if dtype == torch.float32 or config.embedding_dim > 128 or first + layer * second > 128:
         return False
     older = capability < 90
@@ -75,11 +75,10 @@ def statistics(config: UnitConfig, tensors: UnitTensors, layer: int) -> Moments:
     return merge(*moments_of_programs(Packed(config, tensors), layer))
 
 
-def fits_sums(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
-    """As ``packed_backward.fits``, for Dice's sums: with softmax z and p of the top layer wait in registers for the score."""
-    softmax, wide = config.softmax, config.embedding_dim > 64
-    crowded = (softmax or wide) and (capability < 90 or len(config.hidden_units) > 1 or (softmax and wide))
-    return dtype != torch.float32 and sum(_channels(config)) <= (48 if crowded else 64)
+def hands_on(config: UnitConfig) -> bool:
+    """Whether ``backward_sums`` leaves ds of every slot to the kernels after it. With one narrow layer there is one, which
+    finds ds in fewer instructions than handing it on takes."""
+    return len(config.hidden_units) > 1 or sum(channels(config)) > 64
 
 
 def sums_of_layers(
@@ -96,7 +95,8 @@ def sums_of_layers(
 
 
 def dice_sums(call: Packed, operands: dict[str, Any], inv_count: Tensor) -> Tensor:
-    """As ``universal_backward.dice_sums``, from the ``operands`` of ``backward_scores``."""
+    """As ``Backward.sums`` of universal_backward.py, from the ``operands`` of ``backward_scores``, whose ``score_gradients`` it
+    fills."""
     widths, device = call.config.hidden_units, inv_count.device
     programs = max(1, min(call.tables.tiles, num_programs(device, 3)))
 
@@ -120,9 +120,9 @@ def score_operands(
         "grad_weights": grad_pooled if grad_weights is None else grad_weights,
         "log_normaliser": grad_pooled if log_normaliser is None else log_normaliser.contiguous(),
         "delta": softmax_delta(call, saved, grad_pooled, grad_weights) if config.softmax else grad_pooled,
-        "sums1": grad_pooled, "sums2": grad_pooled,  # of Dice, until they are known
+        "score_gradients": grad_pooled, "sums1": grad_pooled, "sums2": grad_pooled,  # of Dice, until they are known
         "scale": float(config.scale), "SOFTMAX": config.softmax, "HAS_GRAD_WEIGHTS": grad_weights is not None,
-        "BATCH_STATISTICS": inv_count is not None,
+        "BATCH_STATISTICS": inv_count is not None, "HANDS_ON": inv_count is not None and hands_on(config),
     }  # fmt: skip
 
 

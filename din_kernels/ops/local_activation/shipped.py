@@ -143,9 +143,12 @@ _PACKED: tuple[tuple[str, int, tuple[int, ...], bool], ...] = (
     ("sigmoid", 128, (80, 40), False),
     ("relu", 64, (64, 64), False),
     ("prelu", 64, (36,), True),
+    ("prelu", 64, (80, 40), False),
     ("dice", 36, (36,), False),
     ("dice", 64, (36,), True),
+    ("dice", 64, (64, 16), False),
     ("dice", 64, (80, 40), False),
+    ("dice", 128, (64, 64), True),
 )
 # Dice in training, what needs all rows first: (D, hidden widths), of sums with softmax or without.
 _PACKED_STATISTICS = (
@@ -163,7 +166,12 @@ _PACKED_SUMS = (
     (64, (36,), True),
     (64, (32, 32), False),
     (64, (32, 16), True),
+    (64, (64,), True),
+    (64, (64, 32), True),
+    (36, (80, 40), False),
+    (64, (80, 40), True),
     (128, (36,), False),
+    (128, (64, 64), True),
 )
 # As ``_PACKED``, with the precision of fp32's products.
 _PACKED_FP32: tuple[tuple[str, int, tuple[int, ...], bool, str], ...] = (
@@ -217,8 +225,15 @@ def _packed_case(
         name=f"local_activation/packed/{name}{'' if fast else '-amd'}/D{config.embedding_dim}-{widths}-"
         f"{config.activation}{softmax}-{precision}",
         kernel=kernel, signature=signature, constexprs=constants, rows=packed.TILE, aligned=aligned, targets=targets,
-        num_warps=options["num_warps"], num_stages=options["num_stages"],
+        num_warps=options["num_warps"], num_stages=options["num_stages"], stack=_stack(kernel, config),
     )  # fmt: skip
+
+
+def _stack(kernel: Any, config: UnitConfig) -> int:
+    """Backward through wide layers with Dice or PReLU: ptxas keeps descriptors of the tensor cores' operands on the stack, as
+    it has more than uniform registers. A few per cent of the instructions; the universal kernels take several times as many."""
+    wide = config.activation in ("dice", "prelu") and sum(packed_sums.channels(config)) > 64
+    return 128 if wide and kernel.__name__ in ("backward_scores", "backward_sums") else 0
 
 
 def _packed() -> Iterator[CompileCase]:
@@ -248,7 +263,10 @@ def _packed() -> Iterator[CompileCase]:
         widths, dim = packed.widths_of(config), config.embedding_dim
         plain, ahead = packed_backward.ROW_OPTIONS, packed_backward.SUM_OPTIONS
         yield "forward", up.forward_packed, {"HAS_ATTENTION": False}, packed.launch_options(config), packed.fits
-        scores = {"HAS_GRAD_WEIGHTS": False, "BATCH_STATISTICS": config.uses_dice}
+        scores = {
+            "HAS_GRAD_WEIGHTS": False, "BATCH_STATISTICS": config.uses_dice,
+            "HANDS_ON": config.uses_dice and packed_sums.hands_on(config),
+        }  # fmt: skip
         yield "scores", down.backward_scores, scores, plain, packed_backward.fits
         yield "inputs", after.backward_inputs, {}, plain, packed_backward.fits
         block = {
@@ -276,9 +294,9 @@ def _packed() -> Iterator[CompileCase]:
             )
     for dim, widths, softmax in _PACKED_SUMS:
         config = UnitConfig("product", "dice", dim, widths, softmax=softmax)
-        options, fits = packed_sums.OPTIONS, packed_sums.fits_sums
+        options, fits = packed_sums.OPTIONS, packed_backward.fits
         for layer in range(len(widths)):
-            extra = {"LAYER": layer, "HAS_GRAD_WEIGHTS": False}
+            extra = {"LAYER": layer, "HAS_GRAD_WEIGHTS": False, "HANDS_ON": packed_sums.hands_on(config)}
             yield from cases(f"sums{layer}", sums.backward_sums, config, torch.bfloat16, extra, options, fits)
     for activation, dim, widths, softmax, precision in _PACKED_FP32:
         config = UnitConfig("product", activation, dim, widths, softmax=softmax, precision=precision)

@@ -100,16 +100,6 @@ class Backward(universal_backward.Backward):
             launch(kernels.backward_tiled, (self.call.programs,), {**everything, "STEP": step}, **launch_options())
 
 
-def dice_sums(
-    config: UnitConfig, tensors: UnitTensors, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None,
-    inv_count: Tensor,
-) -> Tensor:  # fmt: skip
-    """As ``universal_backward.dice_sums``."""
-    work = Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
-    work.gather_all()
-    return work.sums
-
-
 def backward(
     config: UnitConfig,
     tensors: UnitTensors,

@@ -120,7 +120,8 @@ class Backward:
         return delta + slots[: delta.shape[0], 0]
 
     def gather(self, layer: int) -> None:
-        """Dice's two sums of ``layer`` times 1/count, for the passes that follow."""
+        """Σ dx̂ and Σ dx̂ · x̂ of a Dice layer, times 1 / count, what batch statistics add to its gradients: for the passes that
+        follow."""
         assert self.inv_count is not None
         width, before = self.config.hidden_units[layer], sum(self.config.hidden_units[:layer])
         private = torch.zeros(self.call.programs, 2 * width, device=self.sums.device)
@@ -131,6 +132,7 @@ class Backward:
         torch.mul(private.sum(0), self.inv_count, out=self.sums[2 * before : 2 * (before + width)])
 
     def gather_all(self) -> None:
+        """``sums``: those of every layer, [H1, H1, H2, H2, …] flat."""
         for layer in reversed(range(len(self.config.hidden_units))):
             self.gather(layer)
 
@@ -171,17 +173,6 @@ def zeros(tensors: UnitTensors) -> UnitGradients:
 def own(piece: Tensor, parameter: Tensor) -> Tensor:
     """``piece`` of the sums as a gradient of ``parameter``, in its own memory: an operator's results may not alias."""
     return piece.view(parameter.shape).to(parameter.dtype, copy=True)
-
-
-def dice_sums(
-    config: UnitConfig, tensors: UnitTensors, saved: UnitOutputs, grad_pooled: Tensor, grad_weights: Tensor | None,
-    inv_count: Tensor,
-) -> Tensor:  # fmt: skip
-    """Σ dx̂ and Σ dx̂ · x̂ of every Dice layer, times 1 / count: [H1, H1, H2, H2, …] flat. What batch statistics add
-    to the gradients."""
-    work = Backward(config, tensors, saved, grad_pooled, grad_weights, inv_count)
-    work.gather_all()
-    return work.sums
 
 
 def backward(

@@ -181,7 +181,7 @@ def fits(config: UnitConfig, dtype: torch.dtype, capability: int) -> bool:
         steps = config.precision == "tf32" or config.embedding_dim <= 16 or config.embedding_dim % 4 == 0
         return config.embedding_dim <= 64 and capability >= 90 and fitting and steps
     if config.activation in ("dice", "prelu") and channels > 64 and (widths.r1 or widths.r2):
-        return config.embedding_dim <= 64 and capability >= 90
+        return config.embedding_dim <= 64
     return True
 
 

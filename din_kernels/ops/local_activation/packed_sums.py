@@ -44,7 +44,7 @@ def fits_statistics(config: UnitConfig, dtype: torch.dtype, capability: int, lay
     older = capability < 90
     if layer == 0:
         return first <= 96 or not older
-    if config.embedding_dim <= 64 and not older:
+    if config.embedding_dim <= 64:
         return True
     return first <= 64 and first + second <= (112 if older else 96 if widths.r1 else 128)
 

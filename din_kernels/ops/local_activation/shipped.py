@@ -148,6 +148,7 @@ _PACKED: tuple[tuple[str, int, tuple[int, ...], bool], ...] = (
     ("dice", 64, (36,), True),
     ("dice", 64, (64, 16), False),
     ("dice", 64, (80, 40), False),
+    ("dice", 18, (80, 40), True),
     ("dice", 128, (64, 64), True),
 )
 # Dice in training, what needs all rows first: (D, hidden widths), of sums with softmax or without.
@@ -156,6 +157,7 @@ _PACKED_STATISTICS = (
     (64, (36,)),
     (64, (80, 40)),
     (64, (64, 32)),
+    (64, (64, 64)),
     (128, (36, 36)),
     (128, (80, 40)),
     (128, (64, 64)),
@@ -230,10 +232,12 @@ def _packed_case(
 
 
 def _stack(kernel: Any, config: UnitConfig) -> int:
-    """Backward through wide layers with Dice or PReLU: ptxas keeps descriptors of the tensor cores' operands on the stack, as
-    it has more than uniform registers. A few per cent of the instructions; the universal kernels take several times as many."""
+    """Wide layers with Dice or PReLU: ptxas keeps what never changes on the stack, such as descriptors of the tensor cores'
+    operands, of which there are more than uniform registers. A few per cent of the instructions; the universal kernels take
+    several times as many."""
     wide = config.activation in ("dice", "prelu") and sum(packed_sums.channels(config)) > 64
-    return 128 if wide and kernel.__name__ in ("backward_scores", "backward_sums") else 0
+    kept = ("forward_packed", "statistics_packed", "backward_scores", "backward_sums")
+    return 128 if wide and kernel.__name__ in kept else 0
 
 
 def _packed() -> Iterator[CompileCase]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ._backend import while_tracing
+
 NAMESPACE = "din_kernels"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -21,9 +23,6 @@ _defined: set[str] = set()
 _EVERYWHERE = "CompositeExplicitAutograd"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _implementations: dict[Any, Callable[..., Any]] = {}
-
-
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def define(
@@ -57,6 +56,13 @@ def is_compiling() -> bool:
     """Whether ``torch.compile`` traces. ``torch.export`` does not count: what it writes down runs on any device and thread, by
     operators that decide when they run."""
     return torch.compiler.is_compiling() and not _is_exporting()
+
+
+@while_tracing
+def _is_exporting() -> bool:
+    """Asked outside the graph: before torch 2.13 ``torch.compile`` takes the answer for granted."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return asked is not None and asked()
 
 
 def is_eager(*tensors: Tensor | None) -> bool:

@@ -16,7 +16,10 @@ MAX_WIDTH = 8192  # channels the kernels serve; the torch backend has no limit
 
 
 def _check_vector(name: str, value: Tensor | None, width: int, x: Tensor) -> None:
-    if value is None or (value.shape == (width,) and value.dtype in _checks.FLOAT_DTYPES and value.device == x.device):
+    if value is None or (
+        isinstance(value, Tensor) and value.shape == (width,) and value.dtype in _checks.FLOAT_DTYPES
+        and value.device == x.device
+    ):  # fmt: skip
         return
     _checks.check_tensor(name, value, shape=(width,), dtypes=_checks.FLOAT_DTYPES, device=x.device, layout_hint=" [C]")
 
@@ -68,6 +71,7 @@ def _is_small_evaluation(
     day, where most checks would take longer than an operation."""
     if not (
         type(x) is Tensor and x.is_cpu and isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(alpha, Tensor)
+        and (weight is None or isinstance(weight, Tensor)) and (bias is None or isinstance(bias, Tensor))
         and torch_small.is_uniform(x, alpha, weight, bias, mean, var)
     ):  # fmt: skip
         return False
@@ -77,9 +81,10 @@ def _is_small_evaluation(
         and weight.shape == bias.shape == (width,)
     ):  # fmt: skip
         return False
+    slopes = alpha.numel()
     return (
-        x.dim() > 0 and 0 < width == x.size(-1)
-        and var.numel() == width == alpha.numel() and mean.dim() == 1 == var.dim() == alpha.dim()
+        x.dim() > 0 and 0 < width == x.size(-1) and var.numel() == width and mean.dim() == 1 == var.dim()
+        and ((slopes == width and alpha.dim() == 1) or (slopes == 1 and alpha.dim() <= 2))
         and mean.is_cpu and var.is_cpu and alpha.is_cpu and eps >= 0.0 and (momentum is None or 0.0 <= momentum <= 1.0)
         and torch_small.serves(x, False) and is_eager(x)
         and (backend == "torch" or (backend is None and _backend.requested() is None))

@@ -144,7 +144,7 @@ def running_normaliser(mean: Tensor, var: Tensor, eps: float, wide: torch.dtype)
     return Normaliser(mean, (var + eps).rsqrt_(), 0.0)
 
 
-def _update(buffer: Tensor, value: Tensor, step: Tensor | float) -> None:
+def update(buffer: Tensor, value: Tensor, step: Tensor | float) -> None:
     """buffer += step·(value − buffer), computed in ``value``'s precision."""
     if buffer.dtype == value.dtype:
         buffer.lerp_(value, step)
@@ -161,8 +161,8 @@ def batch_normaliser(
     running statistics (0 and 1 stand in for None) normalise, and stay as they are."""
     if not isinstance(count, Tensor) and count >= 2:
         if running_mean is not None and running_var is not None:
-            _update(running_mean, mean, step)
-            _update(running_var, m2 / (count - 1), step)
+            update(running_mean, mean, step)
+            update(running_var, m2 / (count - 1), step)
             if tracked is not None:
                 tracked.add_(1)
         return Normaliser(mean, (m2 / count).add_(eps).rsqrt_(), 1 / count)
@@ -174,8 +174,8 @@ def batch_normaliser(
     inverse = torch.where(enough, 1 / count.clamp(min=1), 0).expand_as(mean)
     if running_mean is not None and running_var is not None:
         step = enough.to(mean.dtype) * step
-        _update(running_mean, mean, step)
-        _update(running_var, m2 / (count - 1).clamp(min=1), step)
+        update(running_mean, mean, step)
+        update(running_var, m2 / (count - 1).clamp(min=1), step)
         if tracked is not None:
             tracked.add_(enough.reshape(-1)[0].to(tracked.dtype))
     var = torch.where(enough, m2 * inverse, old_var)

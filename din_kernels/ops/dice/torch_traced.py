@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_statistics import wide_dtype
+from .torch_statistics import update, wide_dtype
 
 
 def _update(running: Any, mean: Tensor, unbiased_var: Tensor, enough: Tensor | None) -> None:
@@ -28,9 +28,8 @@ def _update(running: Any, mean: Tensor, unbiased_var: Tensor, enough: Tensor | N
         step = 1.0 / (running.tracked + 1).to(mean.dtype)
     if enough is not None:
         step = step * enough.to(mean.dtype)
-    for kept, value in ((running.mean, mean), (running.var, unbiased_var)):
-        old = kept.to(value.dtype)
-        kept.copy_(old + (value - old) * step)
+    update(running.mean, mean, step)
+    update(running.var, unbiased_var, step)
     if running.tracked is not None:
         running.tracked.add_(counted)
 

@@ -287,4 +287,8 @@ def _ratio(seconds: Sequence[float], fused: Sequence[float]) -> Spread:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
+    """What is wrong; also the second line where the first only announces it ("… raised:")."""
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if first.endswith(":") and others:
+        first = f"{first} {others[0]}"
+    return first[:160]

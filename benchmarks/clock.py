@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,19 +52,27 @@ def event_seconds(calls: dict[str, Call], inputs: Sequence[Any], rounds: int) ->
     return {name: [b.elapsed_time(e) / 1e3 for b, e in pairs] for name, pairs in events.items()}
 
 
+class NoGraph(RuntimeError):
+    """Why a call cannot be captured in a CUDA graph."""
+
+
 def graph_seconds(call: Call, inputs: Sequence[Any], rounds: int) -> list[float]:
-    """A call's share of the replay of one CUDA graph that makes it once on each of ``inputs``. Raises where the call
-    cannot be captured (it reads a value back, or allocates in a way that capture forbids)."""
+    """A call's share of the replay of one CUDA graph that makes it once on each of ``inputs``. Raises ``NoGraph`` where the
+    call cannot be captured (it reads a value back, or allocates in a way that capture forbids)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), _waiting_forbidden():
         for one in inputs:
             call(one)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for one in inputs:
-            call(one)
+    try:
+        with _no_collection(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for one in inputs:
+                call(one)
+    except Exception as error:
+        _recover(graph)
+        raise NoGraph(_what_came_first(error)) from error
     seconds = []
     for _ in range(rounds + 1):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -72,6 +82,52 @@ def graph_seconds(call: Call, inputs: Sequence[Any], rounds: int) -> list[float]
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3 / len(inputs))
     return seconds[1:]
+
+
+@contextlib.contextmanager
+def _waiting_forbidden() -> Iterator[None]:
+    """Finds out before a capture, which would not survive it, whether a call waits for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise NoGraph("it waits for a value from the GPU") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is garbage by now (modules of kernels, other graphs) must not be unloaded while a capture is on."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _recover(graph: torch.cuda.CUDAGraph) -> None:
+    """After a capture that failed torch's random generator still believes in it, and refuses every number from then on."""
+    with contextlib.suppress(RuntimeError):
+        graph.reset()
+    device = torch.cuda.current_device()
+    generator = torch.Generator(f"cuda:{device}")
+    generator.manual_seed(0)
+    torch.cuda.default_generators[device].graphsafe_set_state(generator)
+    torch.cuda.synchronize()
+
+
+def _what_came_first(error: BaseException) -> str:
+    """The first line of the error that ended a capture, not of those that followed from it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def peak_bytes(call: Call, inputs: Any, device: torch.device) -> int:

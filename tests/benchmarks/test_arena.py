@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import activation, arena, record
+from benchmarks import activation, arena, clock, record
 from benchmarks.arena import Arena, Contestant, Expected, Options, Race, Skip, WrongResult, check
 from benchmarks.record import Spread
 from benchmarks.roofline import Floor
@@ -133,6 +135,72 @@ def test_shares_of_the_session_name_every_suite() -> None:
     assert list(arena.UNTIL.values())[-1] == 1.0
 
 
+def test_an_announcement_is_followed_by_what_it_announces() -> None:
+    assert arena._first_line(RuntimeError("backend='inductor' raised:\n\n  LoweringException: so\nmore")) == (
+        "backend='inductor' raised: LoweringException: so"
+    )
+    assert arena._first_line(RuntimeError("")) == ""
+
+
+class Card:
+    """Stands in for ``torch.cuda``: a stream, a graph whose capture may fail, and what has been done to it."""
+
+    def __init__(self, waits: bool = False, fails: bool = False) -> None:
+        self.waits, self.fails, self.mode, self.done = waits, fails, 0, []
+        self.default_generators = [SimpleNamespace(graphsafe_set_state=lambda state: self.done.append("new generator"))]
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.CUDAGraph = lambda: SimpleNamespace(
+            reset=lambda: self.done.append("reset"), replay=lambda: self.done.append("replay")
+        )
+        self.Event = lambda enable_timing: SimpleNamespace(
+            record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 6.0
+        )
+        self.current_stream = self.Stream
+        self.stream = lambda stream: contextlib.nullcontext()
+        self.current_device = lambda: 0
+        self.get_sync_debug_mode = lambda: self.mode
+        self.synchronize = lambda: None
+
+    def set_sync_debug_mode(self, mode: Any) -> None:
+        self.mode = mode
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: Any, capture_error_mode: str) -> Any:
+        assert not gc.isenabled()  # what is collected in a capture can end it
+        try:
+            yield
+        finally:
+            if self.fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def call(self, _: Any) -> None:
+        if self.waits and self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        if self.fails and not gc.isenabled():
+            raise RuntimeError("not permitted when a stream captures\nmore")
+
+
+def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that a capture which fails leaves torch able to draw random numbers, and says what failed first."""
+
+    def times(card: Card) -> list[float]:
+        monkeypatch.setattr(clock.torch, "cuda", card)
+        return clock.graph_seconds(card.call, [1, 2, 3], 4)
+
+    monkeypatch.setattr(clock.torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
+    good, waiting, failing = Card(), Card(waits=True), Card(fails=True)
+    assert times(good) == [0.002] * 4
+    assert good.done == ["replay"] * 5
+    with pytest.raises(clock.NoGraph, match="waits for a value"):
+        times(waiting)
+    assert waiting.done == []
+    with pytest.raises(clock.NoGraph, match=r"^not permitted when a stream captures$"):
+        times(failing)
+    assert failing.done == ["reset", "new generator"]
+    assert good.mode == waiting.mode == failing.mode == 0
+    assert gc.isenabled()
+
+
 # ---- the local activation contestants --------------------------------------------------------------------------------
 
 
@@ -161,6 +229,22 @@ def test_every_baseline_is_the_same_function(interaction: str, softmax: bool, ca
         assert set(named) == set(expected)
         error, allowed = check(expected, named)
         assert error <= allowed <= 1e-10
+
+
+def test_what_16_bits_lose_is_not_held_against_the_baselines() -> None:
+    """The gradient of a bias before Dice, which is beyond unfused operations in bfloat16. The fused unit is held to it."""
+    workload = ActivationWorkload("t", 64, Lengths("uniform", 1, 100), 16, (8, 4), activation="dice")
+    inputs = make_activation(workload, dtype=torch.bfloat16)
+    for leaf in (inputs.query, inputs.keys, inputs.padded):
+        leaf.requires_grad_()
+    unit = activation.reference_unit(workload).bfloat16()
+    expected = activation.expected_results(unit, inputs, "forward+backward", tf32=False)
+    for one in activation.contestants(unit, workload, "forward+backward", compiled=False, with_peers=False):
+        named = one.named(one.make()(inputs), inputs)
+        missing = set() if one.name.startswith("fused") else {"linears.0.bias", "linears.1.bias"}
+        assert set(expected) - set(named) == missing
+        check(expected, named)
+    assert activation.lost_in_rounding(unit.float()) == set()
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from benchmarks import roofline
 from benchmarks.roofline import Floor
 from benchmarks.workloads import ActivationWorkload, DiceWorkload, Lengths, SparseWorkload, make_activation
 from din_kernels.functional import sparse_update_
-from din_kernels.ops.dice.triton_impl import COLUMNS_MAX_ROWS
+from din_kernels.ops.dice.tiling import COLUMNS_MAX_ROWS
 
 pytest.importorskip("triton")
 from tests.support.memory_monitor import MemoryMonitor, memory_monitor

@@ -6,27 +6,29 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from din_kernels.ops.dice import triton_impl
+from din_kernels.ops.dice import tiling, triton_impl
 
 NEVER = -1
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Launches that were planned with other constants, or kernels."""
     triton_impl._plan.cache_clear()
-    triton_impl._columns_plan.cache_clear()
+    triton_impl._one_forward.cache_clear()
+    triton_impl._one_backward.cache_clear()
 
 
 @pytest.fixture
 def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """``constants(COLUMNS_MAX_ROWS=…)``: other constants of ``triton_impl`` for one test."""
+    """``constants(COLUMNS_MAX_ROWS=…)``: other constants of ``tiling`` for one test."""
 
     def change(**values: int) -> None:
         for name, value in values.items():
-            monkeypatch.setattr(triton_impl, name, value)
-        _forget()
+            monkeypatch.setattr(tiling, name, value)
+        forget()
 
     yield change
-    _forget()  # later calls may use a plan made with these; they are undone after this fixture
+    forget()  # later calls may use a plan made with these; they are undone after this fixture
 
 
 @pytest.fixture

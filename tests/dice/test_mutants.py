@@ -14,7 +14,7 @@ from din_kernels.ops.dice import triton_impl
 from tests.support.memory_monitor import OutOfBounds, Race, memory_monitor
 
 from ._cases import make_case
-from .conftest import NEVER
+from .conftest import NEVER, forget
 from .test_linear import check as check_shift
 from .test_linear import shifted_case
 from .test_statistics import delicate, found_moments
@@ -49,8 +49,10 @@ def broken(monkeypatch, tmp_path):
             monkeypatch.setitem(sys.modules, mutant.__name__, mutant)
             spec.loader.exec_module(mutant)
             monkeypatch.setattr(triton_impl, name, mutant)
+        forget()
 
-    return load
+    yield load
+    forget()
 
 
 def run(rows: int = 1200, **options) -> None:

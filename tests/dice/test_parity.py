@@ -10,11 +10,11 @@ import torch
 from din_kernels import BackendUnavailable
 from din_kernels.functional import dice
 from din_kernels.modules import Dice
-from din_kernels.ops.dice import api, torch_small, triton_impl
+from din_kernels.ops.dice import api, tiling, torch_small, triton_impl
 from din_kernels.ops.dice.api import MAX_WIDTH
 from din_kernels.testing import assert_close
 
-from ._cases import STRIDES, make_case, random_case
+from ._cases import STRIDES, held_on_chip, make_case, random_case
 
 
 @pytest.fixture(params=["small", "any size", "traced"])
@@ -68,7 +68,7 @@ def test_triton_columns(rows, width, how, masked, device, poison_scratch):
     case = make_case(
         (rows, width), how=how, masked=masked, affine=masked, momentum=None if masked else 0.1, device=device
     )
-    assert triton_impl._columns_planned(case.x, case.grad) is not None
+    assert held_on_chip(case.x, case.grad)
     case.check("triton")
 
 
@@ -189,15 +189,15 @@ def test_torch_borders(rows, width, affine, training, device):
 def test_tilings_cover(rows, width, itemsize):
     """Parts cover all rows, none is empty, each fits 32-bit numbers, and reading parts costs less than reading rows."""
     for backward, strided in itertools.product((False, True), (False, True)):
-        tile = triton_impl.columns_tile(rows, width, itemsize, backward=backward, strided=strided)
+        tile = tiling.columns_tile(rows, width, itemsize, backward=backward, strided=strided)
         if tile is not None:
             assert rows <= tile[0] <= max(16, 2 * rows)
             assert tile[0] * tile[1] <= 16384 // (1 + backward) // (1 + 3 * strided)
-            assert triton_impl.columns_options(*tile)["num_warps"] <= 16
+            assert tiling.columns_options(*tile)["num_warps"] <= 16
         else:
-            assert rows > triton_impl.COLUMNS_MAX_ROWS or width == 8192 or strided
+            assert rows > tiling.COLUMNS_MAX_ROWS or width == 8192 or strided
     for processors in (1, 108, 132, 304):
-        t = triton_impl.tiling(rows, width, itemsize, processors)
+        t = tiling.tiling(rows, width, itemsize, processors)
         assert (t.parts - 1) * t.rows_per_part < max(rows, 1) <= max(1, t.parts * t.rows_per_part)
         assert t.rows_per_part % t.block_r == 0
         assert t.rows_per_part < 2**31

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from din_kernels import functional
-from din_kernels.ops.dice import function, triton_impl
+from din_kernels.ops.dice import function, tiling, triton_impl
 from din_kernels.testing import hostile_gradients
 from tests.support.memory_monitor import OutOfBounds, memory_monitor
 
@@ -127,7 +127,7 @@ def test_traffic(rows, dtype):
     loads = {name: monitor.traffic(None, name).loads for name in tensors}
     stores = {name: monitor.traffic(None, name).stores for name in tensors}
     assert [stores[name].unique // whole for name in tensors] == [0, 1, 0, 1]
-    two_launches = rows > triton_impl.COLUMNS_MAX_ROWS
+    two_launches = rows > tiling.COLUMNS_MAX_ROWS
     launches = 2 if two_launches else 1
     assert monitor.kernels() == (
         ["moments_parts", "apply_training", "sum_parts", "apply_gradient"]
@@ -190,8 +190,8 @@ def test_hostile_gradients(rows, device, launches, poison_scratch):
 def test_no_copy_of_strided_rows(how, monkeypatch):
     """Whatever has one stride between rows is read where it lies."""
     seen = []
-    real = function._call
-    monkeypatch.setattr(function, "_call", lambda op, x, *rest: (seen.append(x), real(op, x, *rest))[1])
+    real = triton_impl.forward
+    monkeypatch.setattr(triton_impl, "forward", lambda x, *rest: (seen.append(x), real(x, *rest))[1])
     case = make_case((40, 12), how=how)
     case.run("triton")
     assert seen[0].data_ptr() == case.x.data_ptr()

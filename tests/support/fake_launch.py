@@ -227,7 +227,7 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
 
     from din_kernels import _launch
     from din_kernels.ops.dice import function as dice
-    from din_kernels.ops.dice import triton_impl as dice_launches
+    from din_kernels.ops.dice import tiling
     from din_kernels.ops.gathered_activation import function as gathered
     from din_kernels.ops.local_activation import api as unit_call
     from din_kernels.ops.local_activation import function as unit
@@ -237,7 +237,7 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
     tape, run = Tape(compile_kernels), JITFunction.run
     major, minor = divmod(capability, 10)
     properties = SimpleNamespace(name="fake", major=major, minor=minor, multi_processor_count=processors)
-    device_facts = (universal.capability_of, universal._processors, dice_launches._processors)
+    device_facts = (universal.capability_of, universal._processors, tiling.processors_of)
     before = driver._active
     kernels: list[Any] = []
 

@@ -165,43 +165,63 @@ class Found:
         self.wrong: list[str] = []
 
 
-def checked(launch: Callable[..., None], found: Found, driver: Driver) -> Callable[..., None]:
-    """``launch`` that launches the other way too."""
+def _twice(
+    mine: Callable[[], Any], kernel: Any, grid: tuple[int, ...], operands: Any, options: Any, found: Found, driver: Driver
+) -> None:  # fmt: skip
+    """``mine``, which launches, and the other way."""
     from triton.runtime.jit import JITFunction
 
     bind = JITFunction.run
+    name, before = kernel.__name__, len(driver.launches)
+    bound: list[Any] = []
+
+    def noted(function: Any, *args: Any, **others: Any) -> Any:
+        bound.append(function)
+        return bind(function, *args, **others)
+
+    with mock.patch.object(JITFunction, "run", noted):
+        mine()
+    kernel[grid](*(operands[argument] for argument in kernel.arg_names), **options)
+    found.launches[name] += 1
+    found.bound[name] += len(bound)
+    ours, theirs = driver.launches[before:]
+    difference = ours.differs(theirs)
+    if difference:
+        found.wrong.append(f"{name}: {difference}")
+    del driver.launches[before:]
+
+
+def checked(launch: Callable[..., Any], found: Found, driver: Driver) -> Callable[..., None]:
+    """``launch`` that launches the other way too."""
 
     def twice(kernel: Any, grid: tuple[int, ...], operands: Any, **options: Any) -> None:
-        name, before = kernel.__name__, len(driver.launches)
-        bound: list[Any] = []
+        _twice(lambda: launch(kernel, grid, operands, **options), kernel, grid, operands, options, found, driver)
 
-        def noted(function: Any, *args: Any, **others: Any) -> Any:
-            bound.append(function)
-            return bind(function, *args, **others)
+    return twice
 
-        with mock.patch.object(JITFunction, "run", noted):
-            launch(kernel, grid, operands, **options)
-        kernel[grid](*(operands[argument] for argument in kernel.arg_names), **options)
-        found.launches[name] += 1
-        found.bound[name] += len(bound)
-        mine, theirs = driver.launches[before:]
-        difference = mine.differs(theirs)
-        if difference:
-            found.wrong.append(f"{name}: {difference}")
-        del driver.launches[before:]
+
+def checked_prepared(call: Callable[..., None], found: Found, driver: Driver) -> Callable[..., None]:
+    """``Prepared.__call__`` that launches the other way too."""
+
+    def twice(prepared: Any, *tensors: Tensor) -> None:
+        operands = prepared.operands(tensors)
+        _twice(
+            lambda: call(prepared, *tensors), prepared.kernel, prepared.grid, operands, prepared.options, found, driver
+        )
 
     return twice
 
 
 @contextlib.contextmanager
 def both_ways(found: Found, driver: Driver) -> Iterator[None]:
-    launch = _launch.launch
+    launch, Prepared = _launch.launch, _launch.Prepared
     twice = checked(launch, found, driver)
     for module in pkgutil.walk_packages(din_kernels.ops.__path__, "din_kernels.ops."):
         importlib.import_module(module.name)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Prepared, "__call__", checked_prepared(Prepared.__call__, found, driver)))
         for module_name, module in list(sys.modules.items()):
-            if module_name.startswith("din_kernels.") and vars(module).get("launch") is launch:
+            if module_name.startswith("din_kernels.ops.") and vars(module).get("launch") is launch:
                 stack.enter_context(mock.patch.object(module, "launch", twice))
         yield
 

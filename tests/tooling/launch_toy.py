@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from triton import knobs
 
 from din_kernels import _launch
-from tests.support.recorded_launch import Driver, Found, checked, recording
+from tests.support.recorded_launch import Driver, Found, checked, checked_prepared, recording
 
 
 @triton.jit(do_not_specialize=["vague"])
@@ -106,6 +106,19 @@ MISTAKES = {
 }
 
 
+# The same for launches that are prepared.
+PREPARED_MISTAKES = {
+    "dtypes": ("key = (device, *map(_dtype, tensors))", "key = (device,)"),
+    "device": ("key = (device, *map(_dtype, tensors))", "key = (*map(_dtype, tensors),)"),
+    "alignment": ("key = (*key, *[address & 15 == 0 for address in addresses])", "pass"),
+    "alignment, of which": ("key = (*key, *[address & 15 == 0 for address in addresses])", "key = (*key, True)"),
+    "order": ("self._in_order((*tensors, *self._rest))", "(*tensors, *self._rest)"),
+    "grid": ("self._three: tuple[int, ...] = (*grid, 1, 1)[:3]", "self._three = (grid[0], 1, 1)"),
+    "stream": ("active.get_current_stream(device)", "0"),
+    "what stands in": ("place[same_as.get(name, name)]", "place.get(name, 0)"),
+}
+
+
 def module(*mistake: str) -> Any:
     """A fresh ``_launch``."""
     source = Path(str(_launch.__file__)).read_text()
@@ -126,6 +139,42 @@ def compare(launch: Any, driver: Driver) -> Found:
         for grid, operands, options in launches():
             for driver.device in (0, 1):
                 twice(toy, grid, operands, **options)
+    driver.device = 0
+    return found
+
+
+def compare_prepared(fresh: Any, driver: Driver) -> Found:
+    """Tensors of every kind, launched by preparations that differ in one thing."""
+    found, wide = Found(), torch.zeros(64, dtype=torch.float64)
+    tensors = (
+        MEMORY,
+        MEMORY.clone(),
+        Parameter(MEMORY),
+        MEMORY[1:],
+        MEMORY[2:],
+        MEMORY[4:],
+        wide,
+        wide[1:],
+        MEMORY.half(),
+    )
+    rest = {name: BASE[name] for name in ("several", "number", "vague", "real", "FIRST", "SECOND")}
+    kinds = [
+        fresh.Prepared(toy, grid, decided, given, same_as, num_warps=4)
+        for grid in ((3,), (3, 2, 4))
+        for decided in (rest, {**rest, "number": 16, "real": 1.0}, {**rest, "FIRST": False})
+        for given, same_as in (
+            (("x", "y"), {"anything": "y"}),
+            (("anything", "y", "x"), {}),
+            (("y",), {"x": "y", "anything": "y"}),
+        )
+    ]
+    call = checked_prepared(fresh.Prepared.__call__, found, driver)
+    for _ in range(2):
+        for prepared in kinds:
+            for first in tensors:
+                for driver.device in (0, 1):
+                    for others in ((MEMORY, wide), (MEMORY[1:], MEMORY)):
+                        call(prepared, *(first, *others)[: len(prepared.tensors)])
     driver.device = 0
     return found
 
@@ -268,7 +317,13 @@ def main() -> int:
     with recording() as driver:
         found = compare(module().launch, driver)
         told = {name: compare(module(*mistake).launch, driver).wrong[:3] for name, mistake in MISTAKES.items()}
+        prepared = compare_prepared(module(), driver)
+        told_prepared = {
+            name: compare_prepared(module(*mistake), driver).wrong[:3] for name, mistake in PREPARED_MISTAKES.items()
+        }
         answers = {
+            "prepared": prepared.wrong, "prepared launches": prepared.launches["toy"], "prepared bound": prepared.bound["toy"],
+            "prepared mistakes": told_prepared,
             "nothing": found.wrong, "launches": found.launches["toy"], "bound": found.bound["toy"], "mistakes": told,
             "threads": in_threads(driver), "hooks": hooks_called(driver), "failures": failures(driver),
             "older": bound(module(), driver, _version=lambda: (3, 5)),

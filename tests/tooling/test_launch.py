@@ -45,6 +45,16 @@ def test_neighbours_launch_what_triton_would(toy):
     assert toy["bound"] < toy["launches"] / 2
 
 
+def test_prepared_launches_are_what_triton_would_launch(toy):
+    assert toy["prepared"] == []
+    assert toy["prepared bound"] < toy["prepared launches"] / 2
+
+
+def test_mistakes_of_prepared_launches_are_told(toy):
+    assert len(toy["prepared mistakes"]) == 8
+    assert [name for name, wrong in toy["prepared mistakes"].items() if not wrong] == []
+
+
 def test_mistakes_are_told(toy):
     """What the key does not look at shows."""
     assert len(toy["mistakes"]) == 16

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.machine_code import ARCHITECTURES
 from benchmarks.static_budget import SOURCES, load_cases
-from din_kernels.ops.dice.triton_impl import COLUMNS_MAX_ROWS
+from din_kernels.ops.dice.tiling import COLUMNS_MAX_ROWS
 from reference.units import Dice, LocalActivationUnit
 from tests.support.fake_launch import computes
 from tests.support.gpu_calls import CALLS

@@ -126,10 +126,11 @@ def compute(
     step_tensor = None
     if running.momentum is None and running.tracked is not None:
         step_tensor = 1.0 / (running.tracked + 1).to(wide_dtype(x.dtype))
-    return _call(
-        forward_op, x, shift, mask, gathered, alpha, weight, bias, running.mean, running.var, running.tracked,
-        step_tensor, running.momentum or 0.0, running.eps, backend,
-    )  # fmt: skip
+    mean, var, tracked, momentum, eps = running
+    step, tensors = momentum or 0.0, (x, shift, mask, gathered, alpha, weight, bias, mean, var, tracked)
+    if is_eager(x):
+        return implementation(backend).forward(*tensors, step if step_tensor is None else step_tensor, eps)
+    return forward_op(*tensors, step_tensor, step, eps, backend)
 
 
 def gather(three: Tensor, group: Any) -> Tensor:
@@ -175,9 +176,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.training and ctx.group is not None:
         local = _call(sums_op, grad, x, normaliser, alpha, weight, bias, ctx.backend)
         gathered = gather(local, ctx.group)
-    dx, sums = _call(
-        backward_op, grad, x, shift, mask, normaliser, gathered, alpha, weight, bias, ctx.training, ctx.backend
-    )
+    arguments = (grad, x, shift, mask, normaliser, gathered, alpha, weight, bias, ctx.training)
+    if is_eager(grad):
+        dx, sums = implementation(ctx.backend).backward(*arguments)
+    else:
+        dx, sums = backward_op(*arguments, ctx.backend)
     # Parameters get the gradient of this process's rows; averaging them over processes is the trainer's business.
     own = sums if local is None else local
 

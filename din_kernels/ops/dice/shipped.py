@@ -12,7 +12,7 @@ import torch
 
 from ..._tuning import CompileCase
 from . import kernels, kernels_backward, kernels_columns
-from .triton_impl import columns_options, columns_tile, launch_options, tiling
+from .tiling import columns_options, columns_tile, launch_options, tiling
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LIKE_X = {"x", "y", "grad", "dx"}

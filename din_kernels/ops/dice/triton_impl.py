@@ -1,115 +1,16 @@
-"""Launches of the Dice kernels: how rows and channels are cut up, and the same five functions as ``torch_impl``.
-
-The numbers below follow from registers, bytes in flight and bytes read twice, checked by compiling ahead of time. None of
-them has been tuned on a GPU yet.
-"""
+"""Launches of the Dice kernels: the same five functions as ``torch_impl``. How rows and channels are cut up: ``tiling.py``."""
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._launch import FUSED, launch, on_device
+from ..._launch import Prepared, launch, on_device
 from . import kernels, kernels_backward, kernels_columns
-
-TILE = 4096  # elements of a tile: 16 a thread
-NUM_WARPS = 8
-BLOCK_P_ELEMENTS = 1024  # numbers of a kind that a program takes from ``parts`` at a time
-
-# Up to so many rows a program holds its channels on chip: half the launches, and everything is read once.
-COLUMNS_MAX_ROWS = 4096
-COLUMNS_FORWARD, COLUMNS_BACKWARD = 16384, 8192  # elements of a program: 32 or 16 for each of 512 threads
-COLUMNS_BLOCKS = 128  # about as many as there are processors: nothing else is parallel
-SEGMENTS = 1 << 20  # pieces of rows narrower than a sector of 32 bytes, which the L2 cache hands out whole
-
-
-class Tiling(NamedTuple):
-    """block_r × block_c elements a tile; ``parts`` runs of ``rows_per_part`` rows; ``block_p`` parts read at a time."""
-
-    block_r: int
-    block_c: int
-    block_p: int
-    rows_per_part: int
-    parts: int
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def block_of_channels(width: int, itemsize: int, blocks: int = 8) -> int:
-    """Channels of a program: 32 to 128 bytes of a row, as wide as leaves so many blocks.
-
-    More blocks mean fewer parts for as many programs, and every program reads all parts of its channels.
-    """
-    block, narrowest = 128 // itemsize, 32 // itemsize
-    while block > narrowest and -(-width // block) < blocks:
-        block //= 2
-    return min(block, _power_of_two(width))
-
-
-def tiling(rows: int, width: int, itemsize: int, processors: int, *, heavy: bool = False, waves: int = 1) -> Tiling:
-    """How [rows, width] is cut up: for each of ``processors`` programs that have 32 KiB in flight, ``waves`` times; but
-    so few that reading all parts (12 bytes for a channel of each) costs a program at most half of its share of x and y.
-
-    heavy  an element takes more registers than usual, so that a tile must have half as many: channels that are not next to
-           one another (each element has an address), or a fourth sum (backward with a shift)
-    """
-    block_c = block_of_channels(width, itemsize)
-    tile = TILE // 2 if heavy or block_c * itemsize < 16 else TILE
-    block_r = tile // block_c
-    blocks = -(-width // block_c)
-    wanted = 32768 // (tile * itemsize) * waves * processors // blocks
-    wanted = max(1, rows >> 29, min(wanted, math.isqrt(rows * itemsize // 12)))  # a part's rows are counted in 32 bits
-    tiles = max(1, -(-rows // block_r))
-    rows_per_part = -(-tiles // wanted) * block_r
-    parts = max(1, -(-rows // rows_per_part))
-    return Tiling(block_r, block_c, min(_power_of_two(parts), BLOCK_P_ELEMENTS // block_c), rows_per_part, parts)
-
-
-def columns_tile(
-    rows: int, width: int, itemsize: int, *, backward: bool = False, strided: bool = False
-) -> tuple[int, int] | None:
-    """(BLOCK_R, BLOCK_C) of programs that hold all rows of their channels; None where two launches serve better.
-
-    strided  channels are not next to one another: each element has an address
-    """
-    if rows > COLUMNS_MAX_ROWS:
-        return None
-    most = (COLUMNS_BACKWARD if backward else COLUMNS_FORWARD) // (4 if strided else 1)
-    block_r = _power_of_two(max(rows, 16))
-    block_c = min(block_of_channels(width, itemsize, COLUMNS_BLOCKS), most // block_r)
-    if block_c == 0:
-        return None
-    blocks = -(-width // block_c)
-    return (block_r, block_c) if block_c * itemsize >= 32 or rows * blocks <= SEGMENTS else None
-
-
-@functools.cache
-def launch_options(warps: int = NUM_WARPS, registers: int = 128) -> dict[str, int]:
-    """Left alone, ptxas may spill a few bytes for the sake of a third program per processor, or let one have all its
-    registers. The tiling counts on two programs of eight warps, with 128 registers a thread."""
-    options: dict[str, int] = {"num_warps": warps, "num_stages": 1, **FUSED}
-    if torch.version.hip is None:
-        options["maxnreg"] = registers
-    return options
-
-
-def columns_options(block_r: int, block_c: int) -> dict[str, int]:
-    """16 elements a thread or more; one program may take all registers of a processor."""
-    warps = max(4, min(16, block_r * block_c // 512))
-    return launch_options(warps, min(255, 2048 // warps))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter: a few programs, so that tests see more than one part
-    return torch.cuda.get_device_properties(device).multi_processor_count
+from .tiling import columns_options, columns_tile, launch_options, numbers_of, processors_of, tiling
 
 
 class _Plan(NamedTuple):
@@ -120,57 +21,94 @@ class _Plan(NamedTuple):
     options: dict[str, int]
 
 
-def _unit(stride: int) -> int:
-    """The largest unit up to 16 that divides a stride: see kernels.py."""
-    return math.gcd(stride, 16) if stride else 16
-
-
-def _numbers(
-    rows: int, width: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], block_r: int, block_c: int
-) -> dict[str, Any]:
-    unit, grad_unit = _unit(stride[0]), _unit(grad_stride[0])
-    return {
-        "num_rows": rows, "C": width, "x_stride": stride[0] // unit, "x_channel": stride[1], "X_UNIT": unit,
-        "grad_stride": grad_stride[0] // grad_unit, "grad_channel": grad_stride[1], "GRAD_UNIT": grad_unit,
-        "BLOCK_R": block_r, "BLOCK_C": block_c,
-    }  # fmt: skip
-
-
 @functools.lru_cache(maxsize=1024)
 def _plan(
     rows: int, width: int, itemsize: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], device: torch.device,
     heavy: bool, waves: int,
 ) -> _Plan:  # fmt: skip
     heavy = heavy or stride[1] != 1 or grad_stride[1] != 1
-    tiles = tiling(rows, width, itemsize, _processors(device), heavy=heavy, waves=waves)
+    tiles = tiling(rows, width, itemsize, processors_of(device), heavy=heavy, waves=waves)
     numbers = {
-        **_numbers(rows, width, stride, grad_stride, tiles.block_r, tiles.block_c),
+        **numbers_of(rows, width, stride, grad_stride, tiles.block_r, tiles.block_c),
         "rows_per_part": tiles.rows_per_part, "num_parts": tiles.parts, "BLOCK_P": tiles.block_p,
     }  # fmt: skip
     return _Plan((-(-width // tiles.block_c), tiles.parts), numbers, launch_options())
 
 
+# What stands for an argument that is absent, and is not read.
+_STAND_INS = {
+    "mask": "x", "running_mean": "x", "running_var": "x", "tracked": "x", "shift": "alpha", "weight": "alpha", "bias": "alpha",
+}  # fmt: skip
+
+
+def _prepared(kernel: Any, grid: int, decided: dict[str, Any], given: tuple[str, ...], **present: bool) -> Prepared:
+    """Calls give those of ``given`` that are not optional, or ``present``."""
+    of_pair = {"bias": "weight", "running_var": "running_mean"}
+    there = [name for name in given if present.get(of_pair.get(name, name), True)]
+    absent = {name: _STAND_INS[name] for name in given if name not in there and name != "step"}
+    options = columns_options(decided["BLOCK_R"], decided["BLOCK_C"])
+    return Prepared(kernel, (grid,), decided, there, absent, **options)
+
+
+_FORWARD = (
+    "x",
+    "y",
+    "normaliser",
+    "alpha",
+    "mask",
+    "shift",
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "tracked",
+    "step",
+)
+_BACKWARD = ("x", "grad", "dx", "sums", "normaliser", "alpha", "mask", "shift", "weight", "bias")
+
+
 @functools.lru_cache(maxsize=1024)
-def _columns_plan(
-    rows: int, width: int, itemsize: int, stride: tuple[int, ...], grad_stride: tuple[int, ...] | None
-) -> _Plan | None:
-    """``grad_stride``: for backward."""
-    strided = stride[1] != 1 or (grad_stride is not None and grad_stride[1] != 1)
-    tile = columns_tile(rows, width, itemsize, backward=grad_stride is not None, strided=strided)
+def _one_forward(
+    rows: int, width: int, itemsize: int, stride: tuple[int, ...], alpha_stride: int, masked: bool, shifted: bool,
+    affine: bool, running: bool, tracked: bool, step: float | None, eps: float,
+) -> Prepared | None:  # fmt: skip
+    """Forward of a shape in training as one launch, None if there must be two. ``step`` None: it is a tensor."""
+    tile = columns_tile(rows, width, itemsize, strided=stride[1] != 1)
     if tile is None:
         return None
-    numbers = _numbers(rows, width, stride, stride if grad_stride is None else grad_stride, *tile)
-    return _Plan((-(-width // tile[1]),), numbers, columns_options(*tile))
+    decided = {
+        **numbers_of(rows, width, stride, stride, *tile), "alpha_stride": alpha_stride, "eps": float(eps),
+        **({} if step is None else {"step": float(step)}), "HAS_MASK": masked, "HAS_SHIFT": shifted, "AFFINE": affine,
+        "HAS_RUNNING": running, "HAS_TRACKED": tracked, "STEP_POINTER": step is None,
+    }  # fmt: skip
+    return _prepared(
+        kernels_columns.forward_columns, -(-width // tile[1]), decided, _FORWARD,
+        mask=masked, shift=shifted, weight=affine, running_mean=running, tracked=tracked, step=step is None,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _one_backward(
+    rows: int, width: int, itemsize: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], alpha_stride: int,
+    masked: bool, shifted: bool, affine: bool,
+) -> Prepared | None:  # fmt: skip
+    strided = stride[1] != 1 or grad_stride[1] != 1
+    tile = columns_tile(rows, width, itemsize, backward=True, strided=strided)
+    if tile is None:
+        return None
+    decided = {
+        **numbers_of(rows, width, stride, grad_stride, *tile), "alpha_stride": alpha_stride,
+        "HAS_MASK": masked, "HAS_SHIFT": shifted, "AFFINE": affine,
+    }  # fmt: skip
+    return _prepared(
+        kernels_columns.backward_columns, -(-width // tile[1]), decided, _BACKWARD,
+        mask=masked, shift=shifted, weight=affine,
+    )  # fmt: skip
 
 
 def _planned(x: Tensor, grad: Tensor | None = None, *, heavy: bool = False, waves: int = 1) -> _Plan:
     stride = x.stride()
     return _plan(*x.shape, x.element_size(), stride, stride if grad is None else grad.stride(), x.device, heavy, waves)
-
-
-def _columns_planned(x: Tensor, grad: Tensor | None = None) -> _Plan | None:
-    """The plan for one launch, None if there must be two."""
-    return _columns_plan(*x.shape, x.element_size(), x.stride(), None if grad is None else grad.stride())
 
 
 def _vectors(shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
@@ -182,10 +120,20 @@ def _vectors(shift: Tensor | None, alpha: Tensor, weight: Tensor | None, bias: T
     }  # fmt: skip
 
 
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
 def _masked(mask: Tensor | None, x: Tensor) -> dict[str, Any]:
-    if mask is None:
-        return {"mask": x, "HAS_MASK": False}
-    return {"mask": mask.contiguous().view(torch.uint8), "HAS_MASK": True}
+    return {"mask": x if mask is None else _bytes(mask), "HAS_MASK": mask is not None}
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -195,7 +143,7 @@ def _empty(x: Tensor) -> Tensor:
 
 def _three(x: Tensor, *parts: int, four: bool = False) -> Tensor:
     """[..., 3, C], or [..., 4, C] for sums where there is a shift."""
-    return torch.empty((*parts, 3 + four, x.shape[1]), dtype=torch.float32, device=x.device)
+    return x.new_empty(*parts, 3 + four, x.shape[1], dtype=torch.float32)
 
 
 def _moments_parts(x: Tensor, plan: _Plan, operands: dict[str, Any]) -> Tensor:
@@ -228,8 +176,21 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.forward``."""
     y, normaliser = _empty(x), _three(x)
-    single = _columns_planned(x) if gathered is None else None
-    plan = single or _planned(x)
+    if gathered is None:
+        number, pointer = (None, step) if isinstance(step, Tensor) else (step, None)
+        once = _one_forward(
+            *x.shape, x.element_size(), x.stride(), alpha.stride(0), mask is not None, shift is not None,
+            weight is not None, running_mean is not None, tracked is not None, number, eps,
+        )  # fmt: skip
+        if once is not None:
+            given = _given(
+                x, y, normaliser, alpha, _bytes(mask), _contiguous(shift), _contiguous(weight), _contiguous(bias),
+                running_mean, running_var, tracked, pointer,
+            )  # fmt: skip
+            with on_device(x):
+                once(*given)
+            return y, normaliser
+    plan = _planned(x)
     operands: dict[str, Any] = {
         **plan.numbers, **_vectors(shift, alpha, weight, bias), **_masked(mask, x), "x": x, "y": y,
         "running_mean": x if running_mean is None else running_mean,
@@ -240,9 +201,6 @@ def forward(
         "STEP_POINTER": isinstance(step, Tensor),
     }  # fmt: skip
     with on_device(x):
-        if single is not None:
-            launch(kernels_columns.forward_columns, plan.grid, operands, **plan.options)
-            return y, normaliser
         if gathered is None:
             _moments_parts(x, plan, operands)
         else:
@@ -312,8 +270,21 @@ def backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``torch_impl.backward``."""
     dx, four = _empty(x), shift is not None
-    single = _columns_planned(x, grad) if training and gathered is None else None
-    plan = single or _planned(x, grad, heavy=four)
+    if training and gathered is None:
+        once = _one_backward(
+            *x.shape, x.element_size(), x.stride(), grad.stride(), alpha.stride(0), mask is not None, four,
+            weight is not None,
+        )  # fmt: skip
+        if once is not None:
+            result = _three(x, four=four)
+            given = _given(
+                x, grad, dx, result, normaliser, alpha, _bytes(mask), _contiguous(shift), _contiguous(weight),
+                _contiguous(bias),
+            )  # fmt: skip
+            with on_device(x):
+                once(*given)
+            return dx, result
+    plan = _planned(x, grad, heavy=four)
     operands: dict[str, Any] = {
         **plan.numbers, **_vectors(shift, alpha, weight, bias), "grad": grad, "x": x, "normaliser": normaliser,
     }  # fmt: skip
@@ -322,10 +293,6 @@ def backward(
             return dx, _finish(_sum_parts(x, dx, plan, operands), plan, moments=False)
         result = _three(x, four=four)
         operands.update(_masked(mask, x), sums=result)
-        if single is not None:
-            operands["dx"] = dx
-            launch(kernels_columns.backward_columns, plan.grid, operands, **plan.options)
-            return dx, result
         if gathered is None:
             _sum_parts(x, None, plan, operands)
         else:

@@ -22,7 +22,7 @@ def unit(activation: str, interaction: str) -> nn.Module:
 
 
 def of_unit(module: nn.Module) -> Step:
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
 
     def step(query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=False)
@@ -35,7 +35,7 @@ def of_unit(module: nn.Module) -> Step:
 
 
 def of_rows(module: nn.Module) -> Step:
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
 
     def step(query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=False)
@@ -76,7 +76,7 @@ def batches(number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [
         (
-            torch.randn(64, 32, generator=generator).cuda(), torch.randn(64, 30, 32, generator=generator).cuda(),
+            torch.randn(64, 32, generator=generator).cuda(), torch.randn(64, 30, 32, generator=generator).cuda() / 8,
             torch.randint(0, 31, (64,), generator=generator).cuda(),
         )
         for _ in range(number)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ def run_backward(case: Case, *, grad_pooled: torch.Tensor | None = None) -> Unit
     grad_weights = None if case.config.softmax else case.grad_weights
     path = packed_backward if case.tensors.keys.shape[0] else triton_impl
     return path.backward(case.config, case.tensors, saved, grad_pooled, grad_weights, case.inv_count)
+
+
+def one_tile_a_batch(monkeypatch: pytest.MonkeyPatch, path: ModuleType) -> list[list[tuple[int, int]]]:
+    """From now on; returns what will be asked for."""
+    seen: list[list[tuple[int, int]]] = []
+
+    def batches(tiles: int, row_bytes: int, programs: int) -> list[tuple[int, int]]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packed_collect, "BETWEEN_BYTES", 1)
+            seen.append(packed_collect.batches.__wrapped__(tiles, row_bytes, programs))
+        return seen[-1]
+
+    monkeypatch.setattr(path, "batches", batches)
+    return seen
 
 
 def flat(gradients: UnitGradients) -> list[torch.Tensor]:
@@ -110,10 +125,11 @@ def test_batches_of_tiles(device, poison_scratch, monkeypatch):
     case = make_case(Spec((3, 200, 0, 40, 130), 8, (9, 20)), device)
     whole = run_backward(case)
     check_gradients(case, whole)
-    monkeypatch.setattr(packed_collect, "BETWEEN_BYTES", 1)
+    seen = one_tile_a_batch(monkeypatch, packed_backward)
     batched = run_backward(case)
     check_gradients(case, batched)
     assert torch.equal(whole.keys, batched.keys)
+    assert len(seen[0]) == packed.make_tables(case.config, case.tensors).tiles > 5
 
 
 SPREAD = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import re
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from tests.support.memory_monitor import memory_monitor
 from ._cases import Case, Spec, check_gradients, make_case
 from ._mutants import load_mutant
 from ._variants import variant
-from .test_packed_backward import flat, without_softmax
+from .test_packed_backward import flat, one_tile_a_batch, without_softmax
 from .test_packed_forward import packed_specs
 from .test_universal_forward import SETTINGS
 
@@ -94,15 +95,22 @@ def test_batches_of_tiles(device, poison_scratch, monkeypatch):
     case = make_case(Spec((3, 200, 0, 40, 130), 8, (9, 20), activation="dice", training=True), device)
     whole = run_backward(case)
     check_gradients(case, whole)
-    monkeypatch.setattr(packed_collect, "BETWEEN_BYTES", 1)
+    seen = one_tile_a_batch(monkeypatch, packed_fp32_backward)
     check_gradients(case, run_backward(case))
+    assert len(seen[0]) > 5
 
 
 def test_batches_give_programs_equal_work():
     assert packed_collect.batches(1000, 288, 264) == [(0, 1000)]
-    parts = packed_collect.batches(5000, 288, 264)
-    assert [end - first for first, end in parts[:-1]] == [1320, 1320, 1320]
-    assert packed_collect.batches(3, 24 << 20, 264) == [(0, 1), (1, 2), (2, 3)]
+    assert packed_collect.batches(8540, 288, 264) == [(0, 4488), (4488, 8540)]
+    assert packed_collect.batches(3, 128 << 20, 264) == [(0, 1), (1, 2), (2, 3)]
+    for tiles, row_bytes in itertools.product((1, 263, 264, 265, 5000, 200_000), (128, 288, 416)):
+        parts = packed_collect.batches(tiles, row_bytes, 264)
+        firsts, ends = zip(*parts, strict=True)
+        assert (firsts[0], *ends) == (*firsts, tiles)
+        sizes = [end - first for first, end in parts]
+        assert max(sizes) * row_bytes * packed_collect.TILE <= packed_collect.BETWEEN_BYTES
+        assert len(sizes) == 1 or all(size % 264 == 0 for size in sizes[:-1])
 
 
 SPREAD = [

@@ -100,6 +100,9 @@ for name, options in {
         "args": ("product", "prelu", 36, (16,)), "layout": "lengths", "index": torch.int32, "candidates": 3,
         "softmax": True, "return_weights": True,
     },
+    "packed sigmoid, two layers, 200,000 behaviours": {
+        "args": ("product", "sigmoid", 128, (80, 40)), "batch": 4096, "length": 50
+    },
     "packed sigmoid, many lists": {"args": ("product", "sigmoid", 16, (16,)), "batch": 10000, "length": 3},
     "tiled outer sigmoid, many lists": {"args": ("outer", "sigmoid", 16, (16,)), "batch": 10000, "length": 3},
     "packed relu softmax, skewed rows": {"args": ("product", "relu", 16, (16,)), "softmax": True, "skew": 1},
@@ -228,7 +231,7 @@ for name, options in {
         tape, *options["args"], **{k: v for k, v in options.items() if k != "args"}
     )
 
-TOO_LARGE = {"sgd on 64-bit keys"}  # for memory that exists
+TOO_LARGE = {"sgd on 64-bit keys", "packed sigmoid, two layers, 200,000 behaviours"}  # for memory that exists
 
 
 # ---- the same with other shapes -----------------------------------------------------------------------------

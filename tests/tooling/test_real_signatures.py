@@ -104,7 +104,8 @@ def test_every_kernel_is_compiled_ahead_of_time():
 # Kernels of the library and of torch in one forward and backward, with the one that stands for the loss's gradient. Each
 # takes the host five to twenty microseconds, for which small batches wait.
 LAUNCHES = {
-    "packed sigmoid": 14, "packed dice training, two layers": 27, "tiled outer dice training, backward tiled too": 53,
+    "packed sigmoid": 14, "packed sigmoid, two layers, 200,000 behaviours": 15,
+    "packed dice training, two layers": 27, "tiled outer dice training, backward tiled too": 53,
     "dice training, few rows": 3, "dice training, many rows": 5, "dice serving": 1, "sgd + mba": 4,
 }  # fmt: skip
 

@@ -7,8 +7,8 @@
 * ``first_layer_sums``, ``second_layer_sums``: Σ dz1 eᵀ, Σ dz1 (v∘e)ᵀ and Σ dz2 h1ᵀ, per program.
 
 One kernel for all of it would need twice the registers there are, and computing the forward again in each would cost
-more than reading dz1. The host hands tiles over in batches so small that what lies between the kernels stays in the L2
-cache, and memory is bounded whatever the number of rows.
+more than reading dz1. The host hands tiles over in batches, so that the memory for what lies between the kernels is bounded
+whatever the number of rows.
 
 For sigmoid, weights come multiplied by −log₂e (``scale_of``); what passes back through those of the second layer is divided
 by that, once for a row: dz2 is stored so divided. Of the two factors of φ' = h (1 − h) the first is multiplied into what

@@ -147,6 +147,17 @@ def kernel_precision(config: UnitConfig, dtype: torch.dtype) -> str:
     return "tf32" if config.precision == "tf32" else "tf32x3"
 
 
+@functools.lru_cache(maxsize=256)
+def _constants(
+    config: UnitConfig, dtype: torch.dtype, capability: int, biases: int, contiguous: bool
+) -> dict[str, Any]:  # fmt: skip
+    """What is compiled into the kernels that take the operands of ``Packed``; ``biases``: bit l for layer l."""
+    return {
+        **shape_constants(config), "BIASES": biases, "FAST": fast_instructions(), "CONTIGUOUS": contiguous,
+        "WGMMA": capability >= 90, "PRECISION": kernel_precision(config, dtype),
+    }  # fmt: skip
+
+
 def fp32_constants(config: UnitConfig) -> dict[str, Any]:
     """Those of ``shape_constants`` and of the precision, for the forward kernel of fp32."""
     constants = shape_constants(config)
@@ -261,12 +272,9 @@ class Packed:
         return {"candidates": candidates, **strides}
 
     def _constants(self) -> dict[str, Any]:
-        biases = sum(1 << layer for layer, bias in enumerate(self.tensors.biases) if bias is not None)
-        return {
-            **shape_constants(self.config), "BIASES": biases, "FAST": fast_instructions(),
-            "CONTIGUOUS": is_contiguous(self.tensors.keys), "WGMMA": capability_of(self.tensors.keys.device) >= 90,
-            "PRECISION": kernel_precision(self.config, self.tensors.keys.dtype),
-        }  # fmt: skip
+        keys = self.tensors.keys
+        biases = sum([1 << layer for layer, bias in enumerate(self.tensors.biases) if bias is not None])
+        return _constants(self.config, keys.dtype, capability_of(keys.device), biases, is_contiguous(keys))
 
 
 def finish_options() -> dict[str, int]:

@@ -17,8 +17,10 @@ Backends implement three functions over ``(UnitConfig, UnitTensors)``: ``statist
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -49,6 +51,18 @@ class UnitConfig:
     candidates: int = 1
     padded_length: int = 0
     precision: str = "ieee"
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(dataclasses.astuple(self))
+
+    def __hash__(self) -> int:
+        """Every launch looks something up by it."""
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the hash, which is of this process."""
+        return UnitConfig, dataclasses.astuple(self)
 
     @property
     def uses_dice(self) -> bool:

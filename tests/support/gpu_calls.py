@@ -127,6 +127,7 @@ for name, options in {
         "args": ("product", "dice", 32, (64, 16)), "layout": "lengths", "length": 2000, "index": torch.int32,
         "training": True,
     },
+    "tiled outer sigmoid, backward tiled too": {"args": ("outer", "sigmoid", 36, (36,))},
     "tiled outer dice training, backward tiled too": {"args": ("outer", "dice", 36, (36,)), "training": True},
     "tiled outer relu softmax, masked, weights, backward tiled too": {
         "args": ("outer", "relu", 16, (16,)), "layout": "mask", "softmax": True, "return_weights": True

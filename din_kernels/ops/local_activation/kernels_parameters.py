@@ -1,7 +1,10 @@
-"""The layers' vectors, of any dtypes, as the one fp32 vector that the universal and the tiled kernels read."""
+"""The layers' vectors, of any dtypes, as the one fp32 vector that the universal and the tiled kernels read; and the sums that
+their programs leave as the gradients of parameters, of any dtypes."""
 
 import triton
 import triton.language as tl
+
+from .kernels_collect import _total
 
 
 @triton.jit
@@ -17,3 +20,18 @@ def gather_parameters(vectors, flat, SIZES: tl.constexpr, STRIDES: tl.constexpr,
             value = tl.load(vectors[i] + n * STRIDES[i], mask=inside, other=0.0).to(tl.float32)
         tl.store(at + n, value, mask=inside)
         at += SIZES[i]
+
+
+@triton.jit(do_not_specialize=["programs"])
+def scatter_parameters(
+    private, targets, programs, ROW: tl.constexpr, PLACES: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """targets[i] [SIZES[i]] = Σ_p private[p, PLACES[i] + n], rows of ROW numbers. A program takes BLOCK of them, of one target:
+    first come those of the first."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(SIZES)):
+        if (block >= 0) & (block < (SIZES[i] + BLOCK - 1) // BLOCK):
+            n = block * BLOCK + tl.arange(0, BLOCK)
+            total = _total(private, programs, ROW, PLACES[i] + n, n < SIZES[i], BLOCK)
+            tl.store(targets[i] + n, total.to(targets[i].dtype.element_ty), mask=n < SIZES[i])
+        block -= (SIZES[i] + BLOCK - 1) // BLOCK

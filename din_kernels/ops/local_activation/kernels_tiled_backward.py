@@ -46,7 +46,7 @@ def backward_tiled(
     keys, query, offset, first, product, weight2, param,
     starts, ends, row_mask, chunk_offsets, chunk_list,
     grad_pooled, grad_weights, log_normaliser, delta, sums,
-    private, offset_slots, first_slots, grad_keys, attention, dz1, h1, dz2, gates,
+    private, first_slots, grad_keys, attention, dz1, h1, dz2, gates,
     item_rows, key_stride, num_lists,
     scale, weight_row, weight_list,
     D: tl.constexpr, AD: tl.constexpr, RD: tl.constexpr, H1: tl.constexpr, A1: tl.constexpr, R1: tl.constexpr,
@@ -75,6 +75,7 @@ def backward_tiled(
     BIAS2: tl.constexpr = VECTOR + 2 * H1
     ALPHA2: tl.constexpr = VECTOR + 2 * H1 + H2
     OUT: tl.constexpr = VECTOR + 2 * (H1 + H2)
+    SLOT: tl.constexpr = (H1 * D if OUTER else D) + H1  # of a row of ``first_slots``, the last H1 columns are γ
     KEPT: tl.constexpr = not TWO
 
     pid = tl.program_id(0).to(tl.int64)
@@ -284,8 +285,8 @@ def backward_tiled(
         if STEP == 2:
             # ---- 2: the first layer, block by block of the embedding -------------------------------------------------
             slot = slot_of(q, number, chunk, 0, 1, num_lists)
-            first_slot = first_slots + slot * ((H1 * D) if OUTER else D)
-            offset_slot = offset_slots + slot * H1
+            first_slot = first_slots + slot * SLOT
+            offset_slot = first_slot + (SLOT - H1)
             its_keys = grad_keys + begin * D
             first_layer_gradients(
                 tl.arange(0, AD), chunk_offsets, chunk_keys, key_stride, chunk_mask, rows, its_dz1, its_attention,

@@ -182,7 +182,7 @@ def backward_items(
     keys, query, offset, first, product, weight2, weight3, param,
     starts, ends, row_mask, chunk_offsets, chunk_list,
     grad_pooled, grad_weights, log_normaliser, delta, sums,
-    private, offset_slots, first_slots, grad_keys, inputs_scratch, hidden_scratch, keys_scratch,
+    private, first_slots, grad_keys, inputs_scratch, hidden_scratch, keys_scratch,
     item_rows, key_stride, num_lists, candidates, num_rows, groups, private_size,
     scale, weight_row, weight_candidate, weight_list,
     D: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, H3: tl.constexpr,
@@ -206,6 +206,7 @@ def backward_items(
     W2: tl.constexpr = OUT + TOP_H + 1
     W3: tl.constexpr = W2 + H2 * H1
     SHARED: tl.constexpr = W3 + H3 * H2
+    SLOT: tl.constexpr = (H1 * D if OUTER else D) + H1  # of a row of ``first_slots``, the last H1 columns are γ
 
     pid = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
@@ -236,11 +237,10 @@ def backward_items(
                 query_q = query + q * D
                 offset_q = offset + q * H1
                 first_q = first
-                first_slot = first_slots + slot * D
                 if OUTER:
                     first_q = first + q * (H1 * D)
-                    first_slot = first_slots + slot * (H1 * D)
-                offset_slot = offset_slots + slot * H1
+                first_slot = first_slots + slot * SLOT
+                offset_slot = first_slot + (SLOT - H1)
                 grad_q = grad_pooled + q * D
 
                 layers_below(DEPTH - 1, keys, rows, live, key_stride, query_q, offset_q, first_q, product, weight2,

@@ -24,7 +24,7 @@ from ..._launch import FUSED, launch, on_device
 from . import kernels_packed_forward as kernels
 from . import kernels_packed_fp32 as kernels_fp32
 from . import kernels_packed_tables as kernels_tables
-from .factorise import first_layer
+from .first_layer import take_apart
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import ACTIVATION_CODES, capability_of, num_programs
 
@@ -327,7 +327,7 @@ def forward(
             "SOFTMAX": softmax, "HAS_ATTENTION": return_weights,
         }  # fmt: skip
         if keys.dtype == torch.float32:
-            operands |= {"offset": first_layer(config, tensors).offset, **fp32_constants(config)}
+            operands |= {"offset": take_apart(config, tensors).offset, **fp32_constants(config)}
             launch(kernels_fp32.forward_packed_fp32, (programs,), operands, **FP32_OPTIONS)
         else:
             launch(kernels.forward_packed, (programs,), operands, **launch_options(config))

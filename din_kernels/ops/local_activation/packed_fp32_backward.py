@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._launch import FUSED, launch, on_device
 from . import kernels_packed_fp32_backward as kernels
-from .factorise import first_layer
+from .first_layer import take_apart
 from .packed import TILE, Packed, describes, fp32_constants, next_power_of_two
 from .packed_collect import Results, batches
 from .packed_sums import score_operands, sums_of_layers
@@ -103,7 +103,7 @@ def backward(
         grad_attention, attention = torch.empty(2, slots, device=device)
         operands: dict[str, Any] = {
             **score_operands(call, saved, grad_pooled, grad_weights, inv_count), **results.operands(), **shapes,
-            "offset": first_layer(config, tensors).offset,
+            "offset": take_apart(config, tensors).offset,
             "z1": z1, "grad_attention": grad_attention, "attention": attention, "dz1": dz1, "h1": h1, "dz2": dz2,
         }  # fmt: skip
 

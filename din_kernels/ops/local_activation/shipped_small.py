@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..._tuning import CompileCase
-from . import items, packed_collect
+from . import first_layer, items, packed_collect, universal_backward
 from .dice_statistics import BLOCK_H, BLOCK_P
 from .packed import FINISH_LISTS, TABLE_BLOCK, TILE, finish_options, next_power_of_two
 from .universal import COMBINE_BLOCK
@@ -17,6 +17,7 @@ from .universal import COMBINE_BLOCK
 def compile_cases() -> Iterator[CompileCase]:
     yield from _items()
     yield from _parameters()
+    yield from _first_layer()
     yield from _statistics()
     yield from _collect()
     yield from _packed()
@@ -42,7 +43,7 @@ def _items() -> Iterator[CompileCase]:
 
 
 def _parameters() -> Iterator[CompileCase]:
-    from .kernels_parameters import gather_parameters
+    from .kernels_parameters import gather_parameters, scatter_parameters
 
     # Two layers with Dice of 80 and 40 channels in bf16, statistics of the first known, without biases.
     kinds = ("*bf16", "*bf16", "*fp32", "*fp32") * 2 + ("*bf16", "*bf16")
@@ -53,6 +54,49 @@ def _parameters() -> Iterator[CompileCase]:
             "SIZES": (80,) * 4 + (40,) * 4 + (40, 1), "STRIDES": (-1, 1, 1, 1, -1, 1, -1, -1, 1, -1), "BLOCK": 128
         },
     )  # fmt: skip
+    # The gradients of the same: of the first layer the slope, of the second all.
+    yield CompileCase(
+        name="local_activation/parameters/scatter_parameters/80x40-dice-bf16", kernel=scatter_parameters,
+        signature={"private": "*fp32", "targets": ("*bf16",) * 6, "programs": "i32"}, num_warps=4, aligned=("private",),
+        constexprs={
+            "ROW": 3488, "PLACES": (80, 160, 200, 240, 280, 281), "SIZES": (80, 40, 40, 40, 1, 3200),
+            "BLOCK": universal_backward.COLLECTED,
+        },
+    )  # fmt: skip
+
+
+def _first_layer() -> Iterator[CompileCase]:
+    from . import kernels_first_layer as kernels
+
+    limited = {k: v for k, v in first_layer.options().items() if k != "num_warps"}
+    for interaction, dim, width, kind, parts in (
+        ("outer", 64, 36, "bf16", "bf16"),
+        ("outer", 64, 36, "bf16", "fp32"),
+        ("outer", 36, 36, "fp32", "fp32"),
+        ("product", 64, 80, "bf16", "fp32"),
+        ("product", 128, 256, "fp32", "fp32"),
+    ):
+        shape = f"D{dim}-{width}-{interaction}-{kind}-{parts}"
+        given = {"query": f"*{kind}", "weight": f"*{kind}", "bias": f"*{kind}"}
+        made = {"shared": f"*{parts}", "rest": f"*{parts}", "to_query": f"*{parts}", "offset": "*fp32"}
+        for suffix, options, targets in (("", limited, ("sm_80", "sm_90")), ("-amd", {}, ("gfx942",))):
+            yield CompileCase(
+                name=f"local_activation/first_layer/take_apart/{shape}{suffix}",
+                kernel=kernels.take_apart, signature={**given, **made, "queries": "i32", "query_blocks": "i32"},
+                num_warps=4, aligned=(*given, *made), targets=targets, options=options,
+                constexprs={
+                    "D": dim, "H": width, "BLOCK_Q": first_layer.BLOCK_Q, "BLOCK_H": first_layer.BLOCK_H,
+                    "BLOCK_D": first_layer.BLOCK_D, "BLOCK": first_layer.BLOCK, "OUTER": interaction == "outer",
+                    "HAS_BIAS": True,
+                },
+            )  # fmt: skip
+    for dim, kind in ((64, "bf16"), (36, "fp32")):
+        pointers = {"products": "*fp32", "sums": "*fp32", "weight": f"*{kind}", "bias": f"*{kind}"}
+        yield CompileCase(
+            name=f"local_activation/first_layer/put_together/D{dim}-36-{kind}", kernel=kernels.put_together,
+            signature=pointers, num_warps=4, aligned=tuple(pointers),
+            constexprs={"D": dim, "H": 36, "BLOCK": first_layer.BLOCK, "HAS_BIAS": True},
+        )  # fmt: skip
 
 
 def _collect() -> Iterator[CompileCase]:

@@ -20,7 +20,8 @@ from ..._launch import FUSED, launch, on_device
 from . import kernels_tiled_forward as kernels
 from . import packed
 from .dice_statistics import Moments, merge
-from .factorise import FirstLayer, first_layer
+from .factorise import FirstLayer
+from .first_layer import take_apart
 from .items import MAX_ITEM_ROWS, make_items
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 from .universal import (
@@ -180,19 +181,16 @@ def scaled_first_layer(config: UnitConfig, tensors: UnitTensors) -> FirstLayer:
     """As ``first_layer``, but for the outer interaction with A as the kernels want it: in the dtype of the keys and, for
     sigmoid, multiplied by −log₂e. It comes so out of the product that makes it, rounded once; of 16-bit parameters that
     product runs on the tensor cores and moves half the bytes."""
-    if config.interaction == "product":
-        return first_layer(config, tensors)
     dim, width = config.embedding_dim, config.hidden_units[0]
-    weight, query, bias = tensors.weights[0], tensors.query, tensors.biases[0]
-    dtype = tensors.keys.dtype
-    if not weight.dtype == query.dtype == dtype:
-        weight, query = weight.float(), query.float()
+    query, dtype = tensors.query, tensors.keys.dtype
+    if config.interaction == "product":
+        shared, of_query, offset = take_apart(config, tensors)
+        return FirstLayer(shared, of_query[:width], None, offset)
+    if not tensors.weights[0].dtype == query.dtype == dtype:
+        query = query.float()
     scale = -LOG2_E if config.activation == "sigmoid" else 1.0
-    shared, of_outer, to_offset = weight.split_with_sizes([dim, dim * dim, dim], dim=1)
-    of_outer = of_outer.reshape(width * dim, dim)
-    matrix = torch.addmm(shared.reshape(-1), query, of_outer.t(), beta=scale, alpha=scale)
-    query, to_offset = query.float(), to_offset.float().t()
-    offset = query @ to_offset if bias is None else torch.addmm(bias.float(), query, to_offset)
+    shared, of_query, offset = take_apart(config, tensors, query.dtype)
+    matrix = torch.addmm(shared.view(-1), query, of_query[: width * dim].t(), beta=scale, alpha=scale)
     return FirstLayer(shared, None, matrix.to(dtype).view(-1, width, dim), offset)
 
 

@@ -18,7 +18,8 @@ from ..._launch import FUSED, launch, on_device
 from . import kernels_parameters
 from . import kernels_universal_forward as kernels
 from .dice_statistics import Moments, merge
-from .factorise import FirstLayer, first_layer
+from .factorise import FirstLayer
+from .first_layer import wide_first_layer
 from .items import Items, make_items, rows_per_item
 from .problem import UnitConfig, UnitOutputs, UnitTensors
 
@@ -77,10 +78,10 @@ def launch_options(tiles: Tiling, *, crowded: bool = False) -> dict[str, int]:
     """No software pipelining: operands that a program has just written must not be fetched ahead of the barrier.
 
     Left alone, ptxas likes to spill a few bytes for the sake of one more program per processor; told that it may
-    use all registers, it does not. A ``crowded`` kernel of eight warps needs them all anyway, and is scheduled better
-    untold."""
+    use all registers, it does not. A ``crowded`` kernel of eight warps and long tiles needs them all anyway, and is
+    scheduled better untold."""
     options: dict[str, int] = {"num_warps": tiles.num_warps, "num_stages": 1, **FUSED}
-    if torch.version.hip is None and not (crowded and tiles.num_warps == 8):
+    if torch.version.hip is None and not (crowded and tiles.num_warps == 8 and tiles.rows == 64):
         options["maxnreg"] = 255
     return options
 
@@ -148,7 +149,8 @@ class Prepared:
         keys = tensors.keys
         self.config, self.tensors = config, tensors
         self.tiles = tiles or tiling(config, keys.dtype, backward=backward, capability=capability_of(keys.device))
-        self.first: FirstLayer = first_layer(config, tensors)
+        self.wide = wide_first_layer(config, tensors)
+        self.first: FirstLayer = self.wide.layer
         self.query = tensors.query.contiguous()
         self.lists = tensors.starts.numel()
         warps = BACKWARD_WARPS if backward else FORWARD_WARPS

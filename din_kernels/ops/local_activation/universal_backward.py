@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 
 from ..._launch import launch, on_device
+from . import kernels_parameters
 from . import kernels_universal_backward as kernels
 from .factorise import FirstLayerGradients, first_layer_backward
+from .first_layer import outer_gradients
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import Prepared, launch_options, num_programs, scratch_columns
 
 # Sums that programs keep apart until the end; beyond this fewer programs run than the GPU could hold.
 PRIVATE_BYTES = 96 << 20
+COLLECTED = 64  # numbers of a program that adds up those of all programs
 
 
 def private_columns(config: UnitConfig) -> int:
@@ -48,8 +52,10 @@ class Backward:
         self.grad_pooled = grad_pooled.contiguous()
         self.grad_weights = None if grad_weights is None else grad_weights.contiguous()
         self.delta = self._delta(saved) if config.softmax else call.params
-        self.sums = torch.zeros(2 * sum(config.hidden_units), device=keys.device)
         nothing = call.params
+        self.sums = nothing
+        if inv_count is not None:
+            self.sums = torch.zeros(2 * sum(config.hidden_units), device=keys.device)
         self.arguments: dict[str, Any] = {
             **call.layer_operands(), **call.weight_strides(),
             "grad_pooled": self.grad_pooled,
@@ -65,9 +71,9 @@ class Backward:
     def private_columns(self) -> int:
         return private_columns(self.config)
 
-    def in_order(self, sums: Tensor) -> Tensor:
-        """A row of ``private`` in the order of kernels_universal_backward.py."""
-        return sums
+    def places(self, vectors: int, matrices: int) -> tuple[int, int]:
+        """Where in a row of ``private`` the vectors and the matrices begin, as many numbers as there are of each."""
+        return 0, vectors
 
     def prepare(self) -> Prepared:
         return Prepared(self.config, self.tensors, layers=len(self.config.hidden_units), backward=True)
@@ -127,8 +133,7 @@ class Backward:
         private = torch.zeros(self.call.programs, 2 * width, device=self.sums.device)
         unused = self.call.params
         with on_device(self.tensors.keys):
-            self.launch(layer, private=private, private_size=2 * width, offset_slots=unused, first_slots=unused,
-                        grad_keys=unused)  # fmt: skip
+            self.launch(layer, private=private, private_size=2 * width, first_slots=unused, grad_keys=unused)
         torch.mul(private.sum(0), self.inv_count, out=self.sums[2 * before : 2 * (before + width)])
 
     def gather_all(self) -> None:
@@ -136,27 +141,49 @@ class Backward:
         for layer in reversed(range(len(self.config.hidden_units))):
             self.gather(layer)
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(sums of the programs [columns], γ [Q, H1], first-layer gradient per query row, gradient of keys)."""
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(sums by program [P, columns], first-layer gradient and γ per query row [Q, ·], gradient of keys)."""
         config, call, keys = self.config, self.call, self.tensors.keys
         rows, dim = keys.shape
         width, queries = config.hidden_units[0], self.tensors.query.shape[0]
         private = torch.zeros(call.programs, self.columns, device=keys.device)
-        offset_slots = torch.empty(call.items.slots, width, device=keys.device)
-        first_shape = (width, dim) if config.interaction == "outer" else (dim,)
-        first_slots = torch.empty(call.items.slots, *first_shape, device=keys.device)
+        first = width * dim if config.interaction == "outer" else dim
+        slots = torch.empty(call.items.slots, first + width, device=keys.device)
         # Rows of padded keys beyond their list's length belong to no item.
         make = torch.zeros if config.padded_length else torch.empty
         dtype = keys.dtype if self.groups == 1 else torch.float32
         grad_keys = make(self.groups * rows, dim, dtype=dtype, device=keys.device)
         with on_device(keys):
-            self.launch(-1, private=private, private_size=self.columns, offset_slots=offset_slots,
-                        first_slots=first_slots, grad_keys=grad_keys)  # fmt: skip
-            self._add_slots(offset_slots)
-            self._add_slots(first_slots)
+            self.launch(-1, private=private, private_size=self.columns, first_slots=slots, grad_keys=grad_keys)
+            self._add_slots(slots)
         if self.groups > 1:
             grad_keys = grad_keys.view(self.groups, rows, dim).sum(0).to(keys.dtype)
-        return self.in_order(private.sum(0)), offset_slots[:queries], first_slots[:queries], grad_keys
+        return private, slots[:queries], grad_keys
+
+    def collect(self, private: Tensor, vectors: Sequence[Piece], matrices: Sequence[Piece]) -> None:
+        """Write the sums over programs to where ``vectors`` and ``matrices``, in their order in a row, want them."""
+        at_vectors, at_matrices = self.places(*(sum(size for size, _ in pieces) for pieces in (vectors, matrices)))
+        wanted = [*_placed(at_vectors, vectors), *_placed(at_matrices, matrices)]
+        places, targets = zip(*wanted, strict=True)
+        sizes = tuple(target.numel() for target in targets)
+        operands = {
+            "private": private, "targets": targets, "programs": private.shape[0], "ROW": private.shape[1],
+            "PLACES": places, "SIZES": sizes, "BLOCK": COLLECTED,
+        }  # fmt: skip
+        grid = sum(-(-size // COLLECTED) for size in sizes)
+        with on_device(private):
+            launch(kernels_parameters.scatter_parameters, (grid,), operands, num_warps=4)
+
+
+Piece = tuple[int, Tensor | None]  # so many numbers of a row, and the tensor that wants their sums, if one does
+
+
+def _placed(begin: int, pieces: Sequence[Piece]) -> Iterator[tuple[int, Tensor]]:
+    """Where in a row each piece begins that is wanted."""
+    for size, target in pieces:
+        if target is not None:
+            yield begin, target
+        begin += size
 
 
 def zeros(tensors: UnitTensors) -> UnitGradients:
@@ -170,9 +197,8 @@ def zeros(tensors: UnitTensors) -> UnitGradients:
     )  # fmt: skip
 
 
-def own(piece: Tensor, parameter: Tensor) -> Tensor:
-    """``piece`` of the sums as a gradient of ``parameter``, in its own memory: an operator's results may not alias."""
-    return piece.view(parameter.shape).to(parameter.dtype, copy=True)
+def _like(parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
 
 def backward(
@@ -193,38 +219,36 @@ def backward(
 def gradients(work: Backward) -> UnitGradients:
     """Every pass of ``work``, and its results put together."""
     config, tensors = work.config, work.tensors
-    depth, dim = len(config.hidden_units), config.embedding_dim
+    dim = config.embedding_dim
     if work.inv_count is not None:
         work.gather_all()
-    sums, offset, per_query, grad_keys = work.run()
+    private, slots, grad_keys = work.run()
 
-    # The row of sums, piece by piece.
-    widths = config.hidden_units
-    sizes = [size for width in widths for size in (width, width)] + [widths[-1], 1]
-    sizes += [a * b for a, b in pairwise(widths)]
-    outer = config.interaction == "outer"
-    sizes += [] if outer else [widths[0] * dim] * 2
-    pieces = sums.split_with_sizes(sizes)
-    of_layers, out_weight, out_bias = pieces[: 2 * depth], pieces[2 * depth], pieces[2 * depth + 1]
-    matrices = pieces[2 * depth + 2 :]
+    widths, outer = config.hidden_units, config.interaction == "outer"
+    upper = [_like(weight) for weight in tensors.weights[1:-1]]
+    out_weight = _like(tensors.weights[-1])
+    # The first layer's bias is the sum of γ. A slope that all channels share gets the sum over them.
+    upper_biases = [None if bias is None else _like(bias) for bias in tensors.biases[1:]]
+    shared_alphas = [alpha is not None and alpha.numel() != h for alpha, h in zip(tensors.alphas, widths, strict=True)]
+    alphas: list[Tensor | None] = [
+        None if alpha is None else private.new_empty(h) if shared else _like(alpha)
+        for alpha, h, shared in zip(tensors.alphas, widths, shared_alphas, strict=True)
+    ]
+    vectors: list[Piece] = []
+    for h, bias, alpha in zip(widths, [None, *upper_biases[:-1]], alphas, strict=True):
+        vectors += [(h, bias), (h, alpha)]
+    vectors += [(widths[-1], out_weight), (1, upper_biases[-1])]
+    of_first = [] if outer else [private.new_empty(widths[0], dim) for _ in range(2)]
+    work.collect(private, vectors, [(matrix.numel(), matrix) for matrix in (*upper, *of_first)])
     if outer:
-        first = FirstLayerGradients(offset, matrix=per_query)
+        grad_first, grad_bias, grad_query = outer_gradients(config, tensors, work.call.wide, slots)
     else:
-        shared, product = (m.view(widths[0], dim) for m in matrices[-2:])
-        first = FirstLayerGradients(offset, shared, product, per_query)
-    grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, first)
-
-    weights = [grad_first]
-    weights += [own(matrices[i], w) for i, w in enumerate(tensors.weights[1:-1])]
-    weights.append(own(out_weight, tensors.weights[-1]))
-    biases: list[Tensor | None] = [grad_bias]
-    for value, bias in zip([*of_layers[2::2], out_bias], tensors.biases[1:], strict=True):
-        biases.append(None if bias is None else own(value, bias))
-    alphas: list[Tensor | None] = []
-    for value, alpha in zip(of_layers[1::2], tensors.alphas, strict=True):
-        if alpha is None:
-            alphas.append(None)
-        else:
-            total = value.sum() if alpha.numel() == 1 and value.numel() > 1 else value
-            alphas.append(own(total, alpha))
-    return UnitGradients(grad_query, grad_keys, weights, biases, alphas)
+        shared, product = of_first
+        gradients_of_first = FirstLayerGradients(slots[:, dim:], shared, product, slots[:, :dim])
+        grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, gradients_of_first)
+    for layer, (alpha, one) in enumerate(zip(tensors.alphas, shared_alphas, strict=True)):
+        value = alphas[layer]
+        if one and alpha is not None and value is not None:
+            alphas[layer] = value.sum().to(alpha.dtype).view(alpha.shape)
+    weights = [grad_first, *upper, out_weight]
+    return UnitGradients(grad_query, grad_keys, weights, [grad_bias, *upper_biases], alphas)

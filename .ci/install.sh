@@ -31,7 +31,7 @@ elif "$py" -c "$recent_torch" 2>/dev/null; then
     say "keeping torch $("$py" -c 'import torch; print(torch.__version__)')"
 elif has_gpu || [ "$(uname -s)" != Linux ]; then
     say "installing torch"
-    pip "torch>=2.6"
+    pip "torch>=2.7"
 else
     # A CPU build is a tenth of the size of the default one: ask the configured index for it, then PyTorch's own.
     say "no NVIDIA GPU found: installing a CPU build of torch (TORCH=... chooses another)"

@@ -66,13 +66,9 @@ def graph_seconds(call: Call, inputs: Sequence[Any], rounds: int) -> list[float]
             call(one)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    try:
-        with _no_collection(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for one in inputs:
-                call(one)
-    except Exception as error:
-        _recover(graph)
-        raise NoGraph(_what_came_first(error)) from error
+    with capturing(graph, stream):
+        for one in inputs:
+            call(one)
     seconds = []
     for _ in range(rounds + 1):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -85,8 +81,32 @@ def graph_seconds(call: Call, inputs: Sequence[Any], rounds: int) -> list[float]
 
 
 @contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """``torch.cuda.graph``, but that a capture which fails says what went wrong first, and leaves torch able to go on.
+
+    What is garbage by now (modules of kernels, other graphs) must not be unloaded while a capture is on, so it is before."""
+    gc.collect()
+    enabled, first = gc.isenabled(), None
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            try:
+                yield
+            except Exception as error:  # the end of the capture will fail too, and say nothing
+                first = error
+                raise
+    except Exception as error:
+        _recover(graph)
+        raise NoGraph(_first_line(first or error)) from error
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def _waiting_forbidden() -> Iterator[None]:
-    """Finds out before a capture, which would not survive it, whether a call waits for the GPU."""
+    """Finds out before a capture, which would not survive it, whether a call waits for the GPU, as reading a value back does,
+    or copying from ordinary memory of the host."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -94,39 +114,25 @@ def _waiting_forbidden() -> Iterator[None]:
     except RuntimeError as error:
         if "synchronizing" not in str(error):
             raise
-        raise NoGraph("it waits for a value from the GPU") from error
+        raise NoGraph(f"it waits for the GPU ({_first_line(error)})") from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """What is garbage by now (modules of kernels, other graphs) must not be unloaded while a capture is on."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _recover(graph: torch.cuda.CUDAGraph) -> None:
-    """After a capture that failed torch's random generator still believes in it, and refuses every number from then on."""
+    """After a capture that failed torch's random generator still believes in it, and refuses every number from then on: it
+    gets a new state, with the seed that it had."""
     with contextlib.suppress(RuntimeError):
         graph.reset()
     device = torch.cuda.current_device()
+    default = torch.cuda.default_generators[device]
     generator = torch.Generator(f"cuda:{device}")
-    generator.manual_seed(0)
-    torch.cuda.default_generators[device].graphsafe_set_state(generator)
+    generator.manual_seed(default.initial_seed())
+    default.graphsafe_set_state(generator)
     torch.cuda.synchronize()
 
 
-def _what_came_first(error: BaseException) -> str:
-    """The first line of the error that ended a capture, not of those that followed from it."""
-    while error.__context__ is not None:
-        error = error.__context__
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

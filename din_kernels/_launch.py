@@ -55,6 +55,14 @@ _dtype, _address = attrgetter("dtype"), Tensor.data_ptr
 _KNOWN = (int, float, bool, type(None), tuple)  # of which int and tuple take a closer look
 
 
+def _unaligned(addresses: list[int]) -> tuple[Any, ...]:
+    """Nothing if all are multiples of 16; else which are."""
+    any_of_them = 0
+    for address in addresses:
+        any_of_them |= address
+    return (tuple([address & 15 == 0 for address in addresses]),) if any_of_them & 15 else ()
+
+
 class _Kinds:
     """Where what is among arguments of given types. ``vague``: the places of integers whose values Triton does not look at."""
 
@@ -75,11 +83,7 @@ class _Kinds:
             return None
         tensors = self.tensors(arguments)
         key = [*self.constants(arguments), *map(_dtype, tensors)]
-        addresses, any_of_them = [*map(_address, tensors)], 0
-        for address in addresses:
-            any_of_them |= address
-        if any_of_them & 15:
-            key.append(tuple([address & 15 == 0 for address in addresses]))
+        key += _unaligned([*map(_address, tensors)])
         integers = self.integers(arguments)
         if integers and not (max(integers) < _NARROW and min(integers) >= -_NARROW):
             key.append(tuple("i32" if -_NARROW <= i < _NARROW else "i64" if i < 1 << 63 else "u64" for i in integers))
@@ -152,6 +156,10 @@ class _Again(NamedTuple):
         run = compiled.run if _version() <= (3, 9) else None
         return cls(compiled, run, compiled.function, compiled.packed_metadata)
 
+    def launch(self, grid: tuple[int, ...], stream: int, arguments: tuple[Any, ...]) -> None:
+        """As ``compiled[grid]`` does it for kernels without hooks."""
+        self.run(*grid, stream, self.function, self.metadata, None, None, None, *arguments)
+
 
 _forms: dict[int, _Form] = {}  # by identity (Triton hashes a kernel by its source); a form holds on to its kernel
 
@@ -183,64 +191,57 @@ def launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], **op
         if launched is not None:  # else a hook of Triton's has kept it from compiling
             kinds.compiled[chosen_by] = again = _Again.of(launched)
         return again
-    compiled, run, function, metadata = again
     grid = (*grid, 1, 1)[:3]
     stream = active.get_current_stream(device)
-    if run is None or _hooked(knobs.runtime):
-        compiled[grid](*arguments, stream=stream)
+    if again.run is None or _hooked(knobs.runtime):
+        again.compiled[grid](*arguments, stream=stream)
     else:
-        run(*grid, stream, function, metadata, None, None, None, *arguments)
+        again.launch(grid, stream, arguments)
     return again
 
 
-class Prepared:
-    """Launches of which all but the tensors is decided, in half the host's time of ``launch``.
+class PreparedLaunch:
+    """Launches of which all but the tensors and a few numbers is decided, in half the host's time of ``launch``.
 
-    decided   numbers, constants: by the name of the kernel's argument
+    decided   constants, and numbers that stay: by the name of the kernel's argument
     tensors   the names of the arguments that calls give, in their order
+    numbers   the same of numbers, at whose values Triton does not look (``do_not_specialize``, or floats), within 32 bits
     same_as   other arguments, each the same tensor as one that is given (those for what is absent, and not read)
     """
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], decided: Mapping[str, Any], tensors: Sequence[str],
-        same_as: Mapping[str, str], **options: Any,
+        numbers: Sequence[str] = (), same_as: Mapping[str, str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.kernel, self.grid, self.decided, self.options = kernel, grid, decided, options
-        self.tensors, self.same_as = tuple(tensors), same_as
-        place = {name: i for i, name in enumerate((*tensors, *decided))}
+        self.tensors, self.numbers, self.same_as = tuple(tensors), tuple(numbers), same_as or {}
+        place = {name: i for i, name in enumerate((*tensors, *numbers, *decided))}
         self._three: tuple[int, ...] = (*grid, 1, 1)[:3]
         self._rest = tuple(decided.values())
-        self._in_order = _several([place[same_as.get(name, name)] for name in kernel.arg_names])
+        self._in_order = _several([place[self.same_as.get(name, name)] for name in kernel.arg_names])
         self._again: dict[tuple[Any, ...], _Again] = {}
 
-    def operands(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    def operands(self, tensors: Sequence[Tensor], *numbers: float) -> dict[str, Any]:
         """For ``launch``."""
-        given = dict(zip(self.tensors, tensors, strict=True))
+        given = dict(zip((*self.tensors, *self.numbers), (*tensors, *numbers), strict=True))
         return {**self.decided, **given, **{name: given[other] for name, other in self.same_as.items()}}
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, tensors: Sequence[Tensor], *numbers: float) -> None:
         triton = _triton()
         if triton is None:
-            launch(self.kernel, self.grid, self.operands(tensors), **self.options)
+            launch(self.kernel, self.grid, self.operands(tensors, *numbers), **self.options)
             return
         driver, knobs = triton
         active = driver.active
         device = active.get_current_device()
-        key = (device, *map(_dtype, tensors))
-        addresses, any_of_them = [*map(_address, tensors)], 0
-        for address in addresses:
-            any_of_them |= address
-        if any_of_them & 15:
-            key = (*key, *[address & 15 == 0 for address in addresses])
+        key = (device, *map(type, numbers), *map(_dtype, tensors), *_unaligned([*map(_address, tensors)]))
         again = self._again.get(key)
         if again is None or _hooked(knobs.runtime) or knobs.compilation.instrumentation_mode:
-            found = launch(self.kernel, self.grid, self.operands(tensors), **self.options)
+            found = launch(self.kernel, self.grid, self.operands(tensors, *numbers), **self.options)
             if found is not None and found.run is not None:
                 self._again[key] = found
             return
-        _, run, function, metadata = again
-        stream = active.get_current_stream(device)
-        run(*self._three, stream, function, metadata, None, None, None, *self._in_order((*tensors, *self._rest)))
+        again.launch(self._three, active.get_current_stream(device), self._in_order((*tensors, *numbers, *self._rest)))
 
 
 def _hooked(runtime: Any) -> Any:

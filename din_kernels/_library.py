@@ -21,6 +21,8 @@ NAMESPACE = "din_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _defined: set[str] = set()
 _EVERYWHERE = "CompositeExplicitAutograd"
+_are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _PLAIN = (Tensor, torch.nn.Parameter)
 _implementations: dict[Any, Callable[..., Any]] = {}
 
@@ -53,21 +55,20 @@ def define(
 
 
 def is_compiling() -> bool:
-    """Whether ``torch.compile`` traces. ``torch.export`` does not count: what it writes down runs on any device and thread, by
-    operators that decide when they run."""
+    """Whether ``torch.compile`` traces. ``torch.export`` does not count: what it writes down are our operators, with the
+    backend of the device that it was exported on."""
     return torch.compiler.is_compiling() and not _is_exporting()
 
 
 @while_tracing
 def _is_exporting() -> bool:
     """Asked outside the graph: before torch 2.13 ``torch.compile`` takes the answer for granted."""
-    asked = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-    return asked is not None and asked()
+    return torch.compiler.is_exporting()
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
-    """Whether nobody traces or intercepts: plain tensors with memory, no dispatch mode."""
-    if torch.compiler.is_compiling():
+    """Whether nobody traces or intercepts: plain tensors with memory, no dispatch mode, transform of torch.func or tracer."""
+    if torch.compiler.is_compiling() or _are_transforms_active() or _tracing_state() is not None:
         return False
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):

@@ -147,7 +147,12 @@ class Card:
 
     def __init__(self, waits: bool = False, fails: bool = False) -> None:
         self.waits, self.fails, self.mode, self.done = waits, fails, 0, []
-        self.default_generators = [SimpleNamespace(graphsafe_set_state=lambda state: self.done.append("new generator"))]
+        self.default_generators = [
+            SimpleNamespace(
+                graphsafe_set_state=lambda state: self.done.append(f"new generator, seed {state.seed}"),
+                initial_seed=lambda: 5,
+            )
+        ]
         self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
         self.CUDAGraph = lambda: SimpleNamespace(
             reset=lambda: self.done.append("reset"), replay=lambda: self.done.append("replay")
@@ -177,7 +182,10 @@ class Card:
         if self.waits and self.mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
         if self.fails and not gc.isenabled():
-            raise RuntimeError("not permitted when a stream captures\nmore")
+            try:
+                raise KeyError("which the call knows how to handle")
+            except KeyError:
+                raise RuntimeError("not permitted when a stream captures\nmore") from None
 
 
 def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,16 +195,20 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(clock.torch, "cuda", card)
         return clock.graph_seconds(card.call, [1, 2, 3], 4)
 
-    monkeypatch.setattr(clock.torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
+    class Generator:
+        def __init__(self, device: str) -> None:
+            self.manual_seed = lambda seed: setattr(self, "seed", seed)
+
+    monkeypatch.setattr(clock.torch, "Generator", Generator)
     good, waiting, failing = Card(), Card(waits=True), Card(fails=True)
     assert times(good) == [0.002] * 4
     assert good.done == ["replay"] * 5
-    with pytest.raises(clock.NoGraph, match="waits for a value"):
+    with pytest.raises(clock.NoGraph, match=r"waits for the GPU .called a synchronizing"):
         times(waiting)
     assert waiting.done == []
     with pytest.raises(clock.NoGraph, match=r"^not permitted when a stream captures$"):
         times(failing)
-    assert failing.done == ["reset", "new generator"]
+    assert failing.done == ["reset", "new generator, seed 5"]
     assert good.mode == waiting.mode == failing.mode == 0
     assert gc.isenabled()
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from din_kernels.functional import dice
-from din_kernels.ops.dice import tiling
 from din_kernels.testing import assert_close
 
 
@@ -186,9 +185,3 @@ def random_case(seed: int, *, max_rows: int, dtype: torch.dtype, device: Any = N
         momentum=rng.choice([0.1, 0.01, 1.0, None]),
         eps=rng.choice([1e-8, 1e-3, 1e-9]),
     )
-
-
-def held_on_chip(x: Tensor, grad: Tensor | None = None) -> bool:
-    """Whether one launch each way serves x in training."""
-    strided = x.stride(1) != 1 or (grad is not None and grad.stride(1) != 1)
-    return tiling.columns_tile(*x.shape, x.element_size(), backward=grad is not None, strided=strided) is not None

@@ -151,6 +151,30 @@ def test_overwrite(device):
         assert recorded.data_ptr() != x.data_ptr()
 
 
+def test_overwriting_what_a_graph_holds_on_to_is_noticed(device):
+    for backend in ("torch", "triton"):
+        module = Dice(4, backend=backend).to(device).eval()
+        w = torch.randn(6, 4, device=device, requires_grad=True)
+        x = w * 1
+        loss = (x * x).sum()
+        with torch.no_grad():
+            module(x, overwrite=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("rows", [10, 3000])
+def test_numbers_of_other_types(rows, device):
+    """1 and True are 1.0, 0 is 0.0."""
+    for backend in ("torch", "triton"):
+        found = []
+        for eps, momentum in ((0.0, 1.0), (0, 1), (0, True)):
+            module = Dice(40, eps=eps, momentum=momentum, backend=backend).to(device)
+            x = torch.linspace(-1, 1, rows * 40, device=device).view(rows, 40)
+            found.append((module(x), module.running_mean, module.running_var))
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 ERRORS = [
     ({"x": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "x must have dtype"),
     ({"x": [[1.0]]}, TypeError, "x must be a torch.Tensor"),
@@ -181,6 +205,8 @@ ERRORS = [
     ({"momentum": None, "num_batches_tracked": None}, ValueError, "needs num_batches_tracked"),
     ({"num_batches_tracked": torch.tensor(0.0)}, TypeError, "num_batches_tracked must have dtype int64"),
     ({"eps": -1.0}, ValueError, "eps must not be negative"),
+    ({"eps": torch.tensor(1e-8)}, TypeError, "eps must be a number"),
+    ({"momentum": torch.tensor(0.1)}, TypeError, "momentum must be a number"),
     ({"backend": "cuda"}, ValueError, "backend must be None, 'triton' or 'torch'"),
     ({"alpha": torch.zeros(3, device="meta")}, ValueError, "alpha must be on cpu"),
 ]

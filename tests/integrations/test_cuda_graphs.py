@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import din_kernels
+from benchmarks.clock import capturing
 from din_kernels.optim import SparseSGD
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
@@ -102,7 +103,7 @@ def test_replay_is_training(name: str) -> None:
             step(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with capturing(graph, stream):
         loss = step(*inputs)
     for batch in given:
         for place, tensor in zip(inputs, batch, strict=True):

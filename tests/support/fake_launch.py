@@ -226,8 +226,9 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
     from triton.runtime.jit import JITFunction
 
     from din_kernels import _launch
+    from din_kernels.ops.dice import api as dice_call
     from din_kernels.ops.dice import function as dice
-    from din_kernels.ops.dice import tiling
+    from din_kernels.ops.dice import tiling, triton_impl
     from din_kernels.ops.gathered_activation import function as gathered
     from din_kernels.ops.local_activation import api as unit_call
     from din_kernels.ops.local_activation import function as unit
@@ -237,7 +238,7 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
     tape, run = Tape(compile_kernels), JITFunction.run
     major, minor = divmod(capability, 10)
     properties = SimpleNamespace(name="fake", major=major, minor=minor, multi_processor_count=processors)
-    device_facts = (universal.capability_of, universal._processors, tiling.processors_of)
+    device_facts = (universal.capability_of, universal._processors, tiling.processors_of, triton_impl._plan)
     before = driver._active
     kernels: list[Any] = []
 
@@ -266,7 +267,10 @@ def gpu(*, capability: int = 90, processors: int = 132, compile_kernels: bool = 
             (JITFunction, "run", intercepted),
             (_launch, "_triton", lambda: None),  # every launch goes through Triton's front half
             # As in eager mode, where operators are called directly.
-            *((module, "is_eager", lambda *tensors: True) for module in (dice, gathered, unit, unit_call, update)),
+            *(
+                (module, "is_eager", lambda *tensors: True)
+                for module in (dice, dice_call, gathered, unit, unit_call, update)
+            ),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         stack.enter_context(torch.no_grad())

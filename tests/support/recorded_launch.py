@@ -23,7 +23,7 @@ import pkgutil
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -165,7 +165,7 @@ class Found:
         self.wrong: list[str] = []
 
 
-def _twice(
+def both(
     mine: Callable[[], Any], kernel: Any, grid: tuple[int, ...], operands: Any, options: Any, found: Found, driver: Driver
 ) -> None:  # fmt: skip
     """``mine``, which launches, and the other way."""
@@ -195,18 +195,24 @@ def checked(launch: Callable[..., Any], found: Found, driver: Driver) -> Callabl
     """``launch`` that launches the other way too."""
 
     def twice(kernel: Any, grid: tuple[int, ...], operands: Any, **options: Any) -> None:
-        _twice(lambda: launch(kernel, grid, operands, **options), kernel, grid, operands, options, found, driver)
+        both(lambda: launch(kernel, grid, operands, **options), kernel, grid, operands, options, found, driver)
 
     return twice
 
 
 def checked_prepared(call: Callable[..., None], found: Found, driver: Driver) -> Callable[..., None]:
-    """``Prepared.__call__`` that launches the other way too."""
+    """``PreparedLaunch.__call__`` that launches the other way too."""
 
-    def twice(prepared: Any, *tensors: Tensor) -> None:
-        operands = prepared.operands(tensors)
-        _twice(
-            lambda: call(prepared, *tensors), prepared.kernel, prepared.grid, operands, prepared.options, found, driver
+    def twice(prepared: Any, tensors: Sequence[Tensor], *numbers: float) -> None:
+        operands = prepared.operands(tensors, *numbers)
+        both(
+            lambda: call(prepared, tensors, *numbers),
+            prepared.kernel,
+            prepared.grid,
+            operands,
+            prepared.options,
+            found,
+            driver,
         )
 
     return twice
@@ -214,7 +220,7 @@ def checked_prepared(call: Callable[..., None], found: Found, driver: Driver) ->
 
 @contextlib.contextmanager
 def both_ways(found: Found, driver: Driver) -> Iterator[None]:
-    launch, Prepared = _launch.launch, _launch.Prepared
+    launch, Prepared = _launch.launch, _launch.PreparedLaunch
     twice = checked(launch, found, driver)
     for module in pkgutil.walk_packages(din_kernels.ops.__path__, "din_kernels.ops."):
         importlib.import_module(module.name)

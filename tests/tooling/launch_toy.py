@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from triton import knobs
 
 from din_kernels import _launch
-from tests.support.recorded_launch import Driver, Found, checked, checked_prepared, recording
+from tests.support.recorded_launch import Driver, Found, both, checked, checked_prepared, recording
 
 
 @triton.jit(do_not_specialize=["vague"])
@@ -92,7 +92,7 @@ MISTAKES = {
     "types": ("kinds.compiled", "form.__dict__.setdefault('compiled', {})"),
     "types of members": ("key.append((types, *inner))", "key.append((*inner,))"),
     "members": ("key.append((types, *inner))", "key.append(types)"),
-    "alignment": ("if any_of_them & 15:", "if False:"),
+    "alignment": ("if any_of_them & 15 else ()", "if False else ()"),
     "alignment, of which": ("tuple([address & 15 == 0 for address in addresses])", "None"),
     "width": ("if integers and not", "if False and not"),
     "width, of which": ('tuple("i32" if', 'frozenset("i32" if'),
@@ -108,15 +108,18 @@ MISTAKES = {
 
 # The same for launches that are prepared.
 PREPARED_MISTAKES = {
-    "dtypes": ("key = (device, *map(_dtype, tensors))", "key = (device,)"),
-    "device": ("key = (device, *map(_dtype, tensors))", "key = (*map(_dtype, tensors),)"),
-    "alignment": ("key = (*key, *[address & 15 == 0 for address in addresses])", "pass"),
-    "alignment, of which": ("key = (*key, *[address & 15 == 0 for address in addresses])", "key = (*key, True)"),
-    "order": ("self._in_order((*tensors, *self._rest))", "(*tensors, *self._rest)"),
+    "dtypes": ("*map(type, numbers), *map(_dtype, tensors), ", "*map(type, numbers), "),
+    "types of numbers": ("*map(type, numbers), *map(_dtype, tensors), ", "*map(_dtype, tensors), "),
+    "device": ("key = (device, *map(type", "key = (*map(type"),
+    "alignment": (", *_unaligned([*map(_address, tensors)]))", ")"),
+    "alignment, of which": ("tuple([address & 15 == 0 for address in addresses])", "None"),
+    "order": ("self._in_order((*tensors, *numbers, *self._rest))", "(*tensors, *numbers, *self._rest)"),
     "grid": ("self._three: tuple[int, ...] = (*grid, 1, 1)[:3]", "self._three = (grid[0], 1, 1)"),
-    "stream": ("active.get_current_stream(device)", "0"),
-    "what stands in": ("place[same_as.get(name, name)]", "place.get(name, 0)"),
+    "stream": ("again.launch(self._three, active.get_current_stream(device)", "again.launch(self._three, 0"),
+    "what stands in": ("place[self.same_as.get(name, name)]", "place.get(name, 0)"),
 }
+UNHOOKED = "again is None or _hooked(knobs.runtime) or", "again is None or"
+UNTOLD = " or knobs.compilation.instrumentation_mode:\n            found", ":\n            found"
 
 
 def module(*mistake: str) -> Any:
@@ -157,26 +160,49 @@ def compare_prepared(fresh: Any, driver: Driver) -> Found:
         wide[1:],
         MEMORY.half(),
     )
-    rest = {name: BASE[name] for name in ("several", "number", "vague", "real", "FIRST", "SECOND")}
+    rest = {name: BASE[name] for name in ("several", "number", "FIRST", "SECOND")}
     kinds = [
-        fresh.Prepared(toy, grid, decided, given, same_as, num_warps=4)
+        fresh.PreparedLaunch(toy, grid, decided, given, ("vague", "real"), same_as, num_warps=4)
         for grid in ((3,), (3, 2, 4))
-        for decided in (rest, {**rest, "number": 16, "real": 1.0}, {**rest, "FIRST": False})
+        for decided in (rest, {**rest, "number": 16}, {**rest, "FIRST": False})
         for given, same_as in (
-            (("x", "y"), {"anything": "y"}),
-            (("anything", "y", "x"), {}),
-            (("y",), {"x": "y", "anything": "y"}),
+            (("x", "y"), {"anything": "y"}), (("anything", "y", "x"), {}), (("y",), {"x": "y", "anything": "y"})
         )
-    ]
-    call = checked_prepared(fresh.Prepared.__call__, found, driver)
+    ]  # fmt: skip
+    call = checked_prepared(fresh.PreparedLaunch.__call__, found, driver)
     for _ in range(2):
         for prepared in kinds:
             for first in tensors:
                 for driver.device in (0, 1):
                     for others in ((MEMORY, wide), (MEMORY[1:], MEMORY)):
-                        call(prepared, *(first, *others)[: len(prepared.tensors)])
+                        for number in (0.5, 1.0, 1):
+                            call(prepared, (first, *others)[: len(prepared.tensors)], 16, number)
     driver.device = 0
     return found
+
+
+Way = Callable[[Any], Callable[..., None]]
+
+
+def by_launch(fresh: Any) -> Callable[..., None]:
+    """One launch, with another number if one is given."""
+    return lambda number=17: fresh.launch(toy, (1,), {**BASE, "number": number}, num_warps=4)
+
+
+def by_preparation(fresh: Any) -> Callable[..., None]:
+    rest = {name: BASE[name] for name in ("several", "real", "anything", "FIRST", "SECOND", "vague")}
+    made: dict[int, Any] = {}
+
+    def launch(number: int = 17) -> None:
+        prepared = made.setdefault(
+            number, fresh.PreparedLaunch(toy, (1,), {**rest, "number": number}, ("x", "y"), num_warps=4)
+        )
+        prepared((MEMORY, MEMORY))
+
+    return launch
+
+
+WAYS: tuple[Way, Way] = by_launch, by_preparation
 
 
 def many_operands() -> dict[str, Any]:
@@ -186,16 +212,16 @@ def many_operands() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def in_threads(driver: Driver) -> bool:
+def in_threads(driver: Driver, way: Way) -> bool:
     """Whether what several threads launch at once is what each launches alone."""
-    fresh, numbers = module(), (1, 2, 16, 2**31, 2**63)
+    launch, numbers = way(module()), (1, 2, 16, 2**31, 2**63)
     toy.device_caches.clear()
     start = threading.Barrier(len(numbers))
 
     def work(number: int) -> None:
         start.wait()
         for _ in range(200):
-            fresh.launch(toy, (1,), {**BASE, "number": number}, num_warps=4)
+            launch(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in numbers]
     for thread in threads:
@@ -212,7 +238,7 @@ def in_threads(driver: Driver) -> bool:
     return len(made) == 1000 and all(last[number].function == right[number] for number in numbers)
 
 
-def hooks_called(driver: Driver) -> list[str]:
+def hooks_called(driver: Driver, way: Way, *mistake: str) -> list[str]:
     """The names that profilers' hooks see: in the first launch, the second and, taken away, the third."""
     seen: list[str] = []
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
@@ -223,12 +249,12 @@ def hooks_called(driver: Driver) -> list[str]:
     def left(about: Any) -> None:
         seen.append("leave " + about.get()["name"])
 
-    fresh = module()
+    launch = way(module(*mistake))
     for given in (True, True, False):
         if given:
             enter.add(entered)
             leave.add(left)
-        fresh.launch(toy, (1,), BASE, num_warps=4)
+        launch()
         enter.remove(entered)
         leave.remove(left)
         seen.append("launched")
@@ -236,46 +262,50 @@ def hooks_called(driver: Driver) -> list[str]:
     return seen
 
 
-def failures(driver: Driver) -> list[str]:
+def failures(driver: Driver, way: Way) -> list[str]:
     """What comes of a first launch that fails, of the next, and of one that a hook keeps from compiling."""
-    fresh, told = module(), []
+    launch, told = way(module()), []
     toy.device_caches.clear()
     with mock.patch.object(Driver, "load_binary", side_effect=RuntimeError("no room")):
         for _ in range(2):
             try:
-                fresh.launch(toy, (1,), BASE, num_warps=4)
+                launch()
             except RuntimeError as error:
                 told.append(str(error))
     toy.device_caches.clear()
     with mock.patch.object(knobs.runtime, "jit_cache_hook", mock.Mock(return_value=True)):
-        fresh.launch(toy, (1,), BASE, num_warps=4)
+        launch()
     told.append(f"{len(driver.launches)} launched")
-    fresh.launch(toy, (1,), BASE, num_warps=4)
-    fresh.launch(toy, (1,), BASE, num_warps=4)
+    launch()
+    launch()
     told.append(f"{len(driver.launches)} launched")
     driver.launches.clear()
     return told
 
 
-def bound(fresh: Any, driver: Driver, **attributes: Any) -> int:
-    """How many of three equal launches Triton binds, with attributes of the module replaced."""
+def binds(launch: Callable[..., None], driver: Driver) -> int:
+    """How many of three equal launches Triton binds; −1 if one is not what Triton would launch."""
     found = Found()
+    for _ in range(3):
+        both(launch, toy, (1,), BASE, {"num_warps": 4}, found, driver)
+    return -1 if found.wrong else found.bound["toy"]
+
+
+def bound(fresh: Any, driver: Driver, way: Way, **attributes: Any) -> int:
+    """The same with attributes of the module replaced."""
     with contextlib.ExitStack() as stack:
         for name, value in attributes.items():
             stack.enter_context(mock.patch.object(fresh, name, value))
-        twice = checked(fresh.launch, found, driver)
-        for _ in range(3):
-            twice(toy, (1,), BASE, num_warps=4)
-    assert not found.wrong
-    return found.bound["toy"]
+        return binds(way(fresh), driver)
 
 
-def instrumented(driver: Driver) -> int:
-    fresh = module()
+def instrumented(driver: Driver, way: Way, *mistake: str) -> int:
+    """The same of launches that are kept before a profiler asks for kernels to be instrumented."""
+    launch = way(module(*mistake))
     with mock.patch.object(knobs.compilation, "instrumentation_mode", ""):
-        assert bound(fresh, driver) == 1
+        assert binds(launch, driver) == 1
     with mock.patch.object(knobs.compilation, "instrumentation_mode", "default"):
-        return bound(fresh, driver)
+        return binds(launch, driver)
 
 
 def around(driver: Driver) -> int:
@@ -313,6 +343,18 @@ def share_of_time(driver: Driver) -> float:
     return best[0] / best[1]
 
 
+def of_way(driver: Driver, way: Way) -> dict[str, Any]:
+    """What does not depend on how the launch is said."""
+    return {
+        "threads": in_threads(driver, way), "hooks": hooks_called(driver, way), "failures": failures(driver, way),
+        "older": bound(module(), driver, way, _version=lambda: (3, 5)),
+        "newer": bound(module(), driver, way, _version=lambda: (3, 99)),
+        "interpreter": bound(module(), driver, way, _backend=mock.Mock(interpreting=lambda: True)),
+        "amd": bound(module(), driver, way, torch=mock.Mock(**{"version.hip": "6.0"})),
+        "instrumented": instrumented(driver, way),
+    }  # fmt: skip
+
+
 def main() -> int:
     with recording() as driver:
         found = compare(module().launch, driver)
@@ -325,12 +367,9 @@ def main() -> int:
             "prepared": prepared.wrong, "prepared launches": prepared.launches["toy"], "prepared bound": prepared.bound["toy"],
             "prepared mistakes": told_prepared,
             "nothing": found.wrong, "launches": found.launches["toy"], "bound": found.bound["toy"], "mistakes": told,
-            "threads": in_threads(driver), "hooks": hooks_called(driver), "failures": failures(driver),
-            "older": bound(module(), driver, _version=lambda: (3, 5)),
-            "newer": bound(module(), driver, _version=lambda: (3, 99)),
-            "interpreter": bound(module(), driver, _backend=mock.Mock(interpreting=lambda: True)),
-            "amd": bound(module(), driver, torch=mock.Mock(**{"version.hip": "6.0"})),
-            "instrumented": instrumented(driver), "around": around(driver), "share of time": share_of_time(driver),
+            "ways": [of_way(driver, way) for way in WAYS], "unhooked": hooks_called(driver, by_preparation, *UNHOOKED),
+            "untold": instrumented(driver, by_preparation, *UNTOLD),
+            "around": around(driver), "share of time": share_of_time(driver),
         }  # fmt: skip
     print(json.dumps(answers, indent=1))
     return 0

@@ -51,7 +51,7 @@ def test_prepared_launches_are_what_triton_would_launch(toy):
 
 
 def test_mistakes_of_prepared_launches_are_told(toy):
-    assert len(toy["prepared mistakes"]) == 8
+    assert len(toy["prepared mistakes"]) == 9
     assert [name for name, wrong in toy["prepared mistakes"].items() if not wrong] == []
 
 
@@ -61,23 +61,30 @@ def test_mistakes_are_told(toy):
     assert [name for name, wrong in toy["mistakes"].items() if not wrong] == []
 
 
-def test_threads(toy):
-    assert toy["threads"]
+@pytest.fixture(params=[0, 1], ids=["launch", "prepared"])
+def way(request, toy):
+    return toy["ways"][request.param]
 
 
-def test_hooks_are_called(toy):
+def test_threads(way):
+    assert way["threads"]
+
+
+def test_hooks_are_called(way, toy):
     both = ["enter toy", "leave toy", "launched"]
-    assert toy["hooks"] == [*both, *both, "launched"]
+    assert way["hooks"] == [*both, *both, "launched"]
+    assert toy["unhooked"] != way["hooks"]
 
 
-def test_what_failed_is_not_kept(toy):
-    assert toy["failures"] == ["no room", "no room", "0 launched", "2 launched"]
+def test_what_failed_is_not_kept(way):
+    assert way["failures"] == ["no room", "no room", "0 launched", "2 launched"]
 
 
-def test_where_triton_binds_every_time(toy):
-    assert {name: toy[name] for name in ("older", "newer", "interpreter", "amd", "instrumented")} == {
+def test_where_triton_binds_every_time(way, toy):
+    assert {name: way[name] for name in ("older", "newer", "interpreter", "amd", "instrumented")} == {
         "older": 3, "newer": 1, "interpreter": 3, "amd": 3, "instrumented": 3
     }  # fmt: skip
+    assert toy["untold"] == -1
 
 
 def test_what_is_around_a_kernel_is_called(toy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def _is_plain(
         and ((slopes == width and alpha.dim() == 1) or (slopes == 1 and alpha.dim() <= 2))
         and mean.numel() == width == var.numel() and mean.dim() == 1 == var.dim()
         and mean.is_contiguous() and var.is_contiguous()
-        and ((type(momentum) is float and 0.0 <= momentum <= 1.0) or (momentum is None and not training)) and eps >= 0.0
+        and ((type(momentum) is float and 0.0 <= momentum <= 1.0) or (momentum is None and not training))
+        and type(eps) is float and eps >= 0.0
         and (tracked is None or (isinstance(tracked, Tensor) and tracked.dtype is torch.int64 and tracked.dim() == 0))
         and _are_together(x, alpha, mean, var, tracked)
     )  # fmt: skip
@@ -85,7 +87,8 @@ def _is_small_evaluation(
     return (
         x.dim() > 0 and 0 < width == x.size(-1) and var.numel() == width and mean.dim() == 1 == var.dim()
         and ((slopes == width and alpha.dim() == 1) or (slopes == 1 and alpha.dim() <= 2))
-        and mean.is_cpu and var.is_cpu and alpha.is_cpu and eps >= 0.0 and (momentum is None or 0.0 <= momentum <= 1.0)
+        and mean.is_cpu and var.is_cpu and alpha.is_cpu and mean.is_contiguous() and var.is_contiguous()
+        and type(eps) is float and eps >= 0.0 and (momentum is None or (type(momentum) is float and 0.0 <= momentum <= 1.0))
         and torch_small.serves(x, False) and is_eager(x)
         and (backend == "torch" or (backend is None and _backend.requested() is None))
     )  # fmt: skip
@@ -111,7 +114,7 @@ def _check(
         raise ValueError(f"x must have shape [..., C] with at least one channel, got {list(x.shape)}")
     width = x.shape[-1]
     _checks.check_tensor("alpha", alpha, dtypes=_checks.FLOAT_DTYPES, device=x.device)
-    if alpha.numel() not in (1, width) or alpha.dim() > 2:
+    if (alpha.numel() != 1 and alpha.numel() != width) or alpha.dim() > 2:  # not ``in``: sizes may be symbolic
         raise ValueError(f"alpha must have shape [C], [C, 1] or [1] for C = {width} channels, got {list(alpha.shape)}")
     for name, value in (
         ("weight", weight), ("bias", bias), ("shift", shift), ("running_mean", mean), ("running_var", var)
@@ -128,6 +131,9 @@ def _check(
         raise ValueError("running_mean and running_var are needed when training=False: Dice normalises with them")
     if tracked is not None:
         _checks.check_tensor("num_batches_tracked", tracked, shape=(), dtypes=(torch.int64,), device=x.device)
+    for name, number in (("eps", eps), ("momentum", momentum)):
+        if number is not None and not isinstance(number, (numbers.Real, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if momentum is None:
         if training and mean is not None and tracked is None:
             raise ValueError("momentum=None averages over all batches and needs num_batches_tracked to count them")
@@ -224,6 +230,8 @@ def dice(
     )  # fmt: skip
     if not _is_plain(*described):
         _check(*described)
+        # Kernels, and what is kept for a shape, tell 1 from 1.0.
+        eps, momentum = float(eps), None if momentum is None else float(momentum)
     shape = x.shape
     width = shape[-1]
     served_by = choose_backend(backend, x, width)
@@ -274,6 +282,8 @@ def dice(
             eps,
             in_place=overwrite and rows.is_contiguous(),
         )
+        if overwrite and served_by == "triton" and rows.is_contiguous():
+            torch.autograd.graph.increment_version(rows)  # a graph that holds on to x must notice
     else:
         y = compute(*call)[0]
     if training and served_by == "triton" and not torch.compiler.is_compiling():

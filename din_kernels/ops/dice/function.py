@@ -87,7 +87,6 @@ forward_op = define(
     "-> (Tensor, Tensor)",
     fake=lambda x, *_: (x.new_empty(x.shape), _three(x)),
     impls={_EVERYWHERE: torch.no_grad()(_forward)},
-    direct=_forward,
 )
 evaluate_op = define(
     f"dice_evaluate(Tensor x, Tensor? shift, {_PARAMETERS}, Tensor mean, Tensor var, float eps, str backend) "
@@ -107,7 +106,6 @@ backward_op = define(
     "bool training, str backend) -> (Tensor, Tensor)",
     fake=lambda grad, x, shift, *_: (x.new_empty(x.shape), _three(x, shift)),
     impls={_EVERYWHERE: torch.no_grad()(_backward)},
-    direct=_backward,
 )
 
 

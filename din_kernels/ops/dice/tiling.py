@@ -1,4 +1,4 @@
-"""How rows and channels of Dice are cut up for the kernels: arithmetic on shapes, and nothing else.
+"""How rows and channels of Dice are cut up for the kernels, and with which options they are launched.
 
 The numbers below follow from registers, bytes in flight and bytes read twice, checked by compiling ahead of time. None of
 them has been tuned on a GPU yet.

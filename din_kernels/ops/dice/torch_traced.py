@@ -73,6 +73,8 @@ def dice(
         values = values + shift
     if not training:
         centred, var = values - running.mean, running.var.to(values.dtype)
+    elif x.shape[0] == 0:  # nothing to normalise, and nothing to learn from
+        centred, var = values, values.new_ones(x.shape[1])
     else:
         centred, var = _of_all(values, running) if mask is None else _of_some(values, mask, running)
     z = centred * torch.rsqrt(var + running.eps)

@@ -1,4 +1,4 @@
-"""Launches of the Dice kernels: the same five functions as ``torch_impl``. How rows and channels are cut up: ``tiling.py``."""
+"""Launches of the Dice kernels: the same functions as ``torch_impl``. How rows and channels are cut up: ``tiling.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._launch import Prepared, launch, on_device
+from ..._launch import PreparedLaunch, launch, on_device
 from . import kernels, kernels_backward, kernels_columns
 from .tiling import columns_options, columns_tile, launch_options, numbers_of, processors_of, tiling
 
@@ -41,69 +41,64 @@ _STAND_INS = {
 }  # fmt: skip
 
 
-def _prepared(kernel: Any, grid: int, decided: dict[str, Any], given: tuple[str, ...], **present: bool) -> Prepared:
+def _prepared(
+    kernel: Any, width: int, decided: dict[str, Any], given: tuple[str, ...], numbers: tuple[str, ...], **present: bool
+) -> PreparedLaunch:  # fmt: skip
     """Calls give those of ``given`` that are not optional, or ``present``."""
     of_pair = {"bias": "weight", "running_var": "running_mean"}
     there = [name for name in given if present.get(of_pair.get(name, name), True)]
     absent = {name: _STAND_INS[name] for name in given if name not in there and name != "step"}
     options = columns_options(decided["BLOCK_R"], decided["BLOCK_C"])
-    return Prepared(kernel, (grid,), decided, there, absent, **options)
+    return PreparedLaunch(kernel, (-(-width // decided["BLOCK_C"]),), decided, there, numbers, absent, **options)
 
 
 _FORWARD = (
-    "x",
-    "y",
-    "normaliser",
-    "alpha",
-    "mask",
-    "shift",
-    "weight",
-    "bias",
-    "running_mean",
-    "running_var",
-    "tracked",
-    "step",
-)
+    "x", "y", "normaliser", "alpha", "mask", "shift", "weight", "bias", "running_mean", "running_var", "tracked", "step",
+)  # fmt: skip
 _BACKWARD = ("x", "grad", "dx", "sums", "normaliser", "alpha", "mask", "shift", "weight", "bias")
 
 
 @functools.lru_cache(maxsize=1024)
 def _one_forward(
-    rows: int, width: int, itemsize: int, stride: tuple[int, ...], alpha_stride: int, masked: bool, shifted: bool,
-    affine: bool, running: bool, tracked: bool, step: float | None, eps: float,
-) -> Prepared | None:  # fmt: skip
-    """Forward of a shape in training as one launch, None if there must be two. ``step`` None: it is a tensor."""
-    tile = columns_tile(rows, width, itemsize, strided=stride[1] != 1)
-    if tile is None:
-        return None
+    tile: tuple[int, int], width: int, stride: tuple[int, ...], alpha_stride: int, masked: bool, shifted: bool, affine: bool,
+    running: bool, tracked: bool, pointer: bool, eps: float,
+) -> PreparedLaunch:  # fmt: skip
+    """Forward in training as one launch; numbers: rows, and the step unless it is a ``pointer``."""
     decided = {
-        **numbers_of(rows, width, stride, stride, *tile), "alpha_stride": alpha_stride, "eps": float(eps),
-        **({} if step is None else {"step": float(step)}), "HAS_MASK": masked, "HAS_SHIFT": shifted, "AFFINE": affine,
-        "HAS_RUNNING": running, "HAS_TRACKED": tracked, "STEP_POINTER": step is None,
+        **numbers_of(0, width, stride, stride, *tile), "alpha_stride": alpha_stride, "eps": eps, "HAS_MASK": masked,
+        "HAS_SHIFT": shifted, "AFFINE": affine, "HAS_RUNNING": running, "HAS_TRACKED": tracked, "STEP_POINTER": pointer,
     }  # fmt: skip
+    del decided["num_rows"]
     return _prepared(
-        kernels_columns.forward_columns, -(-width // tile[1]), decided, _FORWARD,
-        mask=masked, shift=shifted, weight=affine, running_mean=running, tracked=tracked, step=step is None,
+        kernels_columns.forward_columns, width, decided, _FORWARD, ("num_rows", *(() if pointer else ("step",))),
+        mask=masked, shift=shifted, weight=affine, running_mean=running, tracked=tracked, step=pointer,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def _one_backward(
-    rows: int, width: int, itemsize: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], alpha_stride: int,
+    tile: tuple[int, int], width: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], alpha_stride: int,
     masked: bool, shifted: bool, affine: bool,
-) -> Prepared | None:  # fmt: skip
-    strided = stride[1] != 1 or grad_stride[1] != 1
-    tile = columns_tile(rows, width, itemsize, backward=True, strided=strided)
-    if tile is None:
-        return None
+) -> PreparedLaunch:  # fmt: skip
+    """The same of backward."""
     decided = {
-        **numbers_of(rows, width, stride, grad_stride, *tile), "alpha_stride": alpha_stride,
-        "HAS_MASK": masked, "HAS_SHIFT": shifted, "AFFINE": affine,
+        **numbers_of(0, width, stride, grad_stride, *tile), "alpha_stride": alpha_stride, "HAS_MASK": masked,
+        "HAS_SHIFT": shifted, "AFFINE": affine,
     }  # fmt: skip
+    del decided["num_rows"]
     return _prepared(
-        kernels_columns.backward_columns, -(-width // tile[1]), decided, _BACKWARD,
+        kernels_columns.backward_columns, width, decided, _BACKWARD, ("num_rows",),
         mask=masked, shift=shifted, weight=affine,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _columns_tile(
+    rows: int, width: int, itemsize: int, stride: tuple[int, ...], grad_stride: tuple[int, ...] | None = None
+) -> tuple[int, int] | None:
+    """The tile of one launch, None if there must be two; ``grad_stride``: of backward."""
+    strided = stride[1] != 1 or (grad_stride is not None and grad_stride[1] != 1)
+    return columns_tile(rows, width, itemsize, backward=grad_stride is not None, strided=strided)
 
 
 def _planned(x: Tensor, grad: Tensor | None = None, *, heavy: bool = False, waves: int = 1) -> _Plan:
@@ -177,18 +172,20 @@ def forward(
     """See ``torch_impl.forward``."""
     y, normaliser = _empty(x), _three(x)
     if gathered is None:
-        number, pointer = (None, step) if isinstance(step, Tensor) else (step, None)
-        once = _one_forward(
-            *x.shape, x.element_size(), x.stride(), alpha.stride(0), mask is not None, shift is not None,
-            weight is not None, running_mean is not None, tracked is not None, number, eps,
-        )  # fmt: skip
-        if once is not None:
+        stride = x.stride()
+        tile = _columns_tile(*x.shape, x.element_size(), stride)
+        if tile is not None:
+            number, pointer = ((), step) if isinstance(step, Tensor) else ((float(step),), None)
+            once = _one_forward(
+                tile, x.shape[1], stride, alpha.stride(0), mask is not None, shift is not None, weight is not None,
+                running_mean is not None, tracked is not None, pointer is not None, float(eps),
+            )  # fmt: skip
             given = _given(
                 x, y, normaliser, alpha, _bytes(mask), _contiguous(shift), _contiguous(weight), _contiguous(bias),
                 running_mean, running_var, tracked, pointer,
             )  # fmt: skip
             with on_device(x):
-                once(*given)
+                once(given, x.shape[0], *number)
             return y, normaliser
     plan = _planned(x)
     operands: dict[str, Any] = {
@@ -271,18 +268,19 @@ def backward(
     """See ``torch_impl.backward``."""
     dx, four = _empty(x), shift is not None
     if training and gathered is None:
-        once = _one_backward(
-            *x.shape, x.element_size(), x.stride(), grad.stride(), alpha.stride(0), mask is not None, four,
-            weight is not None,
-        )  # fmt: skip
-        if once is not None:
+        stride, grad_stride = x.stride(), grad.stride()
+        tile = _columns_tile(*x.shape, x.element_size(), stride, grad_stride)
+        if tile is not None:
+            once = _one_backward(
+                tile, x.shape[1], stride, grad_stride, alpha.stride(0), mask is not None, four, weight is not None
+            )  # fmt: skip
             result = _three(x, four=four)
             given = _given(
                 x, grad, dx, result, normaliser, alpha, _bytes(mask), _contiguous(shift), _contiguous(weight),
                 _contiguous(bias),
             )  # fmt: skip
             with on_device(x):
-                once(*given)
+                once(given, x.shape[0])
             return dx, result
     plan = _planned(x, grad, heavy=four)
     operands: dict[str, Any] = {

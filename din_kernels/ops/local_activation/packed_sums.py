@@ -96,7 +96,7 @@ def sums_of_layers(
 
 def dice_sums(call: Packed, operands: dict[str, Any], inv_count: Tensor) -> Tensor:
     """As ``Backward.sums`` of universal_backward.py, from the ``operands`` of ``backward_scores``, whose ``score_gradients`` it
-    fills."""
+    fills where it ``hands_on``."""
     widths, device = call.config.hidden_units, inv_count.device
     programs = max(1, min(call.tables.tiles, num_programs(device, 3)))
 

@@ -158,6 +158,9 @@ def compare(
     if target.startswith("gfx"):
         now, before = figures["spilled_registers"], recorded["spilled_registers"]
         return ([f"{where}: spills {now} registers, recorded {before}"] if now > before else []), []
+    for what in ("stack", "spill_instructions"):
+        if figures.get(what, 0) > recorded.get(what, 0):
+            return [f"{where}: {what} {figures[what]}, recorded {recorded[what]}"], []
     now, before = figures["per_unit"], recorded["per_unit"]
     if now is None or before is None or now == before:
         return [], []

@@ -264,6 +264,38 @@ def test_low_precision(dtype, interaction, activation):
         assert_close("gradient", g, w, length=64, stages=8, scale=1.0)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("interaction", "hidden", "activation", "softmax"),
+    [("product", (12,), "dice", True), ("product", (12, 5), "sigmoid", False), ("outer", (12,), "dice", False),
+     ("outer", (12, 5), "prelu", True)],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_default_dtype_does_not_matter(backend, interaction, hidden, activation, softmax, dtype, default, device):
+    torch.manual_seed(0)
+    unit = din_kernels.LocalActivationUnit(16, hidden, activation, interaction, softmax, backend=backend).to(
+        device, dtype
+    )
+    query, keys = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in ((4, 16), (4, 9, 16)))
+    lengths = torch.tensor([9, 2, 0, 5], device=device)
+    state = {name: value.clone() for name, value in unit.state_dict().items()}
+
+    def results():
+        unit.load_state_dict(state)
+        pooled = unit(query, keys, lengths=lengths)
+        return [pooled, *torch.autograd.grad(pooled.square().sum(), (query, keys, *unit.parameters()))]
+
+    expected = results()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "prelu", "dice"])
 def test_autocast_casts_inputs_and_keeps_statistics(activation):
     """Floating inputs are cast to autocast's dtype, so the result has it; parameters keep float32 gradients."""

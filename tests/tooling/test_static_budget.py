@@ -111,6 +111,11 @@ def test_a_small_change_is_tolerated_and_a_gain_is_noted():
     assert len(failures) == 1
     _, notes = static_budget.compare("case", "sm_90", figures(90), figures(100))
     assert "would record the gain" in notes[0]
+    spilling = {**figures(100), "stack": 64, "spill_instructions": 9}
+    assert static_budget.compare("case", "sm_90", spilling, spilling) == ([], [])
+    for what in ("stack", "spill_instructions"):  # allowed by the case, but not more than there was
+        failures, _ = static_budget.compare("case", "sm_90", spilling, {**spilling, what: 8})
+        assert f"{what} {spilling[what]}, recorded 8" in failures[0]
 
 
 def test_loops_are_found_and_the_main_one_is_the_one_with_most_work_of_its_own():

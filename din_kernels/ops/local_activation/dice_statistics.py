@@ -64,8 +64,8 @@ def _launch_finish(
 def _empty(like: Tensor) -> Moments:
     width, device = like.shape[1], like.device
     return Moments(
-        torch.empty((), dtype=torch.float64, device=device), torch.empty(width, device=device),
-        torch.empty(width, device=device),
+        torch.empty((), dtype=torch.float64, device=device), torch.empty(width, dtype=torch.float32, device=device),
+        torch.empty(width, dtype=torch.float32, device=device),
     )  # fmt: skip
 
 
@@ -79,7 +79,14 @@ def merge(counts: Tensor, means: Tensor, m2s: Tensor) -> Moments:
 def finish(counts: Tensor, means: Tensor, m2s: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Used:
     """``used(merge(...), ...)`` in one launch."""
     rows, mean, m2 = _empty(means)
-    found = Used(rows, mean, m2, torch.empty_like(mean), torch.empty_like(mean), torch.empty((), device=mean.device))
+    found = Used(
+        rows,
+        mean,
+        m2,
+        torch.empty_like(mean),
+        torch.empty_like(mean),
+        torch.empty((), dtype=torch.float32, device=mean.device),
+    )
     _launch_finish(counts, means, m2s, found, (running_mean.contiguous(), running_var.contiguous()), eps)
     return found
 

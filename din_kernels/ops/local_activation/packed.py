@@ -307,17 +307,17 @@ def forward(
     keys, queries, dim = tensors.keys, tensors.query.shape[0], config.embedding_dim
     device, softmax = keys.device, config.softmax
     pooled = torch.empty(queries, dim, dtype=keys.dtype, device=device)
-    log_normaliser = torch.empty(queries, device=device) if softmax else None
+    log_normaliser = torch.empty(queries, dtype=torch.float32, device=device) if softmax else None
     pairs = keys.shape[0] * config.candidates
     weights = keys.new_zeros(pairs) if return_weights else None
     attention = weights
     if softmax and return_weights:
-        attention = torch.empty(pairs, device=device)
+        attention = torch.empty(pairs, dtype=torch.float32, device=device)
     with on_device(keys):
         call = call or Packed(config, tensors)
         tiles = call.tables.tiles
-        carry = torch.empty(2 * tiles, dim, device=device)
-        carry_softmax = torch.empty(2 * tiles, 2, device=device) if softmax else None
+        carry = torch.empty(2 * tiles, dim, dtype=torch.float32, device=device)
+        carry_softmax = torch.empty(2 * tiles, 2, dtype=torch.float32, device=device) if softmax else None
         programs = max(1, min(tiles, num_programs(device, 4)))
         operands: dict[str, Any] = {
             **call.operands(), **call.weight_operands(),

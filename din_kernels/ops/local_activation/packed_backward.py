@@ -66,7 +66,7 @@ def backward(
         w1, w2 = blocks.a1 + blocks.r1, blocks.a2 + blocks.r2
         parts = batches(tiles, (w1 + two * (w1 + w2)) * dtype.itemsize, programs)
         slots = (parts[0][1] - parts[0][0]) * TILE
-        attention = torch.empty(slots, device=device)
+        attention = torch.empty(slots, dtype=torch.float32, device=device)
         dz1 = torch.empty(slots, w1, dtype=dtype, device=device)
         h1 = torch.empty(slots, w1, dtype=dtype, device=device) if two else dz1
         dz2 = torch.empty(slots, w2, dtype=dtype, device=device) if two else dz1
@@ -78,7 +78,7 @@ def backward(
         }  # fmt: skip
         if inv_count is not None:
             if hands_on(config):
-                operands["score_gradients"] = torch.empty(tiles * TILE, device=device)
+                operands["score_gradients"] = torch.empty(tiles * TILE, dtype=torch.float32, device=device)
             sums = dice_sums(call, operands, inv_count)
             operands |= {"sums1": sums, "sums2": sums[2 * widths[0] :]}
         for first_tile, end_tile in parts:

@@ -48,7 +48,7 @@ def batches(tiles: int, row_bytes: int, programs: int) -> list[tuple[int, int]]:
 def zeroed(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Zeros of these shapes, fp32, by one launch. Each begins at a multiple of 16 bytes."""
     size, places = _places(shapes)
-    memory = torch.zeros(size, device=device)
+    memory = torch.zeros(size, dtype=torch.float32, device=device)
     return [memory.as_strided(*place) for place in places]
 
 
@@ -81,8 +81,8 @@ class Results:
         # Rows of padded keys beyond their list's length belong to no slot.
         make = torch.zeros if config.padded_length else torch.empty
         self.grad_keys = make(keys.shape, dtype=keys.dtype, device=keys.device)
-        self.list_sums = torch.empty(call.queries, dim + first, device=keys.device)
-        self.carry = torch.empty(2 * call.tables.tiles, dim + first, device=keys.device)
+        self.list_sums = torch.empty(call.queries, dim + first, dtype=torch.float32, device=keys.device)
+        self.carry = torch.empty(2 * call.tables.tiles, dim + first, dtype=torch.float32, device=keys.device)
         self.vectors, self.first_sums, self.second_sums, self.second_vectors = zeroed(
             keys.device, (programs, vector_width(config)), (programs, 2, first, dim), (programs, second, first),
             (programs, second),
@@ -120,8 +120,8 @@ class Results:
         dim, width = call.config.embedding_dim, call.config.hidden_units[0]
         gradient, block = _like(call.query), columns(width)
         programs = min(-(-call.queries // BLOCK_Q), num_programs(device, 1))
-        weight_parts = torch.empty(programs, width, dim, device=device)
-        bias_parts = torch.empty(programs, width, device=device)
+        weight_parts = torch.empty(programs, width, dim, dtype=torch.float32, device=device)
+        bias_parts = torch.empty(programs, width, dtype=torch.float32, device=device)
         operands = {
             "list_sums": self.list_sums, "query": call.query, "weight1": call.tensors.weights[0].contiguous(),
             "grad_query": gradient, "weight_parts": weight_parts, "bias_parts": bias_parts, "queries": call.queries,

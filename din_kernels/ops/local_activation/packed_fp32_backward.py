@@ -97,10 +97,10 @@ def backward(
         w1, w2 = shapes["W1"], shapes["W2"]
         parts = batches(tiles, 4 * (2 * w1 + two * (w1 + w2)), programs)
         slots = (parts[0][1] - parts[0][0]) * TILE
-        z1, dz1 = torch.empty(2, slots, w1, device=device)
-        h1 = torch.empty(slots, w1, device=device) if two else dz1
-        dz2 = torch.empty(slots, w2, device=device) if two else dz1
-        grad_attention, attention = torch.empty(2, slots, device=device)
+        z1, dz1 = torch.empty(2, slots, w1, dtype=torch.float32, device=device)
+        h1 = torch.empty(slots, w1, dtype=torch.float32, device=device) if two else dz1
+        dz2 = torch.empty(slots, w2, dtype=torch.float32, device=device) if two else dz1
+        grad_attention, attention = torch.empty(2, slots, dtype=torch.float32, device=device)
         operands: dict[str, Any] = {
             **score_operands(call, saved, grad_pooled, grad_weights, inv_count), **results.operands(), **shapes,
             "offset": take_apart(config, tensors).offset,
@@ -113,7 +113,7 @@ def backward(
             launch(kernels.backward_scores_fp32, (programs,), of_batch, **ROW_OPTIONS)
 
         def gather(layer: int, known: dict[str, Tensor]) -> Tensor:
-            gathered = torch.zeros(programs, 2 * widths[layer], device=device)
+            gathered = torch.zeros(programs, 2 * widths[layer], dtype=torch.float32, device=device)
             for batch in parts:
                 scores(batch, GATHER=layer, vectors=gathered, **known)
             return gathered

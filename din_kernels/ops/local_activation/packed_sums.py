@@ -60,7 +60,7 @@ def moments_of_programs(call: Packed, layer: int) -> tuple[Tensor, Tensor, Tenso
     device, width = call.tensors.keys.device, call.config.hidden_units[layer]
     programs = max(1, min(call.tables.tiles, num_programs(device, 4)))
     counts = torch.empty(programs, dtype=torch.int64, device=device)
-    means = torch.empty(programs, width, device=device)
+    means = torch.empty(programs, width, dtype=torch.float32, device=device)
     m2s = torch.empty_like(means)
     operands = {
         **call.operands(), "counts": counts, "means": means, "m2s": m2s, "LAYER": layer
@@ -86,7 +86,7 @@ def sums_of_layers(
 ) -> Tensor:
     """Dice's two sums of every layer, times 1 / count: [H1, H1, H2, H2] flat. ``gather(layer, {sums1, sums2})``: those of a
     layer by program, [P, 2 · H]; of the top layer first, as what comes down to the one below has the top's in it."""
-    sums = torch.empty(2 * sum(widths), device=inv_count.device)
+    sums = torch.empty(2 * sum(widths), dtype=torch.float32, device=inv_count.device)
     known = {"sums1": sums, "sums2": sums[2 * widths[0] :]}
     for layer in reversed(range(len(widths))):
         begin, size = 2 * sum(widths[:layer]), 2 * widths[layer]
@@ -101,7 +101,7 @@ def dice_sums(call: Packed, operands: dict[str, Any], inv_count: Tensor) -> Tens
     programs = max(1, min(call.tables.tiles, num_programs(device, 3)))
 
     def gather(layer: int, known: dict[str, Tensor]) -> Tensor:
-        partial = torch.empty(programs, 2 * widths[layer], device=device)
+        partial = torch.empty(programs, 2 * widths[layer], dtype=torch.float32, device=device)
         of_layer = {**operands, **known, "partial": partial, "LAYER": layer}
         launch(kernels.backward_sums, (programs,), of_layer, **OPTIONS)
         return partial
@@ -133,8 +133,8 @@ def softmax_delta(call: Packed, saved: UnitOutputs, grad_pooled: Tensor, grad_we
         return delta
     assert saved.weights is not None
     tables, queries, device = call.tables, call.queries, delta.device
-    of_weights = torch.empty(queries, 1, device=device)
-    carry = torch.empty(2 * tables.tiles, 1, device=device)
+    of_weights = torch.empty(queries, 1, dtype=torch.float32, device=device)
+    carry = torch.empty(2 * tables.tiles, 1, dtype=torch.float32, device=device)
     operands = {
         **tables.operands(), "weights": saved.weights, "grad_weights": grad_weights, "sums": of_weights, "carry": carry,
         "queries": queries,

@@ -231,7 +231,7 @@ class Tiled(Prepared):
         }  # fmt: skip
         hoisted = everything["HOIST1"] and everything["HOIST2"]
         columns = 1 if hoisted else 3 * sum(self.config.hidden_units)
-        gates = torch.empty(1 if hoisted else self.programs, columns, device=keys.device)
+        gates = torch.empty(1 if hoisted else self.programs, columns, dtype=torch.float32, device=keys.device)
         options = launch_options(self.config, keys.dtype, self.form, statistics="LAYER" in arguments)
         launch(kernel, (self.programs,), {**everything, "gates": gates}, **options)
 
@@ -240,7 +240,7 @@ def moments_of_programs(call: Tiled, layer: int) -> tuple[Tensor, Tensor, Tensor
     """As ``universal.moments_of_programs``."""
     device = call.tensors.keys.device
     counts = torch.empty(call.programs, dtype=torch.int64, device=device)
-    means = torch.empty(call.programs, call.config.hidden_units[layer], device=device)
+    means = torch.empty(call.programs, call.config.hidden_units[layer], dtype=torch.float32, device=device)
     m2s = torch.empty_like(means)
     with on_device(call.tensors.keys):
         call.launch(kernels.statistics_tiled, counts=counts, means=means, m2s=m2s, LAYER=layer)
@@ -258,17 +258,17 @@ def forward(
     """``call``: what the statistics prepared, if they did."""
     keys, queries, dim, softmax = tensors.keys, tensors.query.shape[0], config.embedding_dim, config.softmax
     pooled = torch.empty(queries, dim, dtype=keys.dtype, device=keys.device)
-    log_normaliser = torch.empty(queries if softmax else 0, device=keys.device)
+    log_normaliser = torch.empty(queries if softmax else 0, dtype=torch.float32, device=keys.device)
     pairs = keys.shape[0] * config.candidates
     weights = keys.new_zeros(pairs) if return_weights else None
     attention = weights
     if softmax and return_weights:
-        attention = torch.empty(pairs, device=keys.device)
+        attention = torch.empty(pairs, dtype=torch.float32, device=keys.device)
     call = call or Tiled(config, tensors, layers=len(config.hidden_units))
     call.know(len(config.hidden_units))
     several = call.items.slots > queries
-    partial = torch.empty(call.items.slots if several else 1, dim, device=keys.device)
-    partial_softmax = torch.empty(partial.shape[0] if softmax else 1, 2, device=keys.device)
+    partial = torch.empty(call.items.slots if several else 1, dim, dtype=torch.float32, device=keys.device)
+    partial_softmax = torch.empty(partial.shape[0] if softmax else 1, 2, dtype=torch.float32, device=keys.device)
     with on_device(keys):
         written = {
             "pooled": pooled, "log_normaliser": log_normaliser, "partial": partial, "partial_softmax": partial_softmax,

@@ -87,9 +87,9 @@ class Backward(universal_backward.Backward):
             **shape_constants(config), "HAS_MASK": self.tensors.row_mask is not None,
             "PRECISION": packed.kernel_precision(config, keys.dtype), "FAST": packed.fast_instructions(),
             "CONTIGUOUS": packed.is_contiguous(keys),
-            "attention": torch.empty(rows, device=keys.device), "dz1": dz1,
+            "attention": torch.empty(rows, dtype=torch.float32, device=keys.device), "dz1": dz1,
             "h1": keys.new_empty(rows, first) if second else dz1, "dz2": keys.new_empty(rows, second) if second else dz1,
-            "gates": torch.empty(call.programs, GATES * sum(config.hidden_units), device=keys.device),
+            "gates": torch.empty(call.programs, GATES * sum(config.hidden_units), dtype=torch.float32, device=keys.device),
         }  # fmt: skip
 
     def launch(self, gather: int, **arguments: Any) -> None:

@@ -195,7 +195,7 @@ class Prepared:
                 add(tensors.rstds[layer] if known else None, width)
         add(output, output.numel())
         add(tensors.biases[-1], 1)
-        flat = torch.empty(sum(sizes), device=tensors.keys.device)
+        flat = torch.empty(sum(sizes), dtype=torch.float32, device=tensors.keys.device)
         block = _power_of_two(max(sizes))
         operands = {
             "vectors": tuple(vectors), "flat": flat, "SIZES": tuple(sizes), "STRIDES": tuple(strides), "BLOCK": block
@@ -253,7 +253,7 @@ def moments_of_programs(call: Prepared, layer: int) -> tuple[Tensor, Tensor, Ten
     """counts [P] int64, means and m2s [P, H] of hidden layer ``layer``'s pre-activation, of each program's pairs."""
     config, device = call.config, call.tensors.keys.device
     counts = torch.empty(call.programs, dtype=torch.int64, device=device)
-    means = torch.empty(call.programs, config.hidden_units[layer], device=device)
+    means = torch.empty(call.programs, config.hidden_units[layer], dtype=torch.float32, device=device)
     m2s = torch.empty_like(means)
     operands = {
         **call.layer_operands(), "counts": counts, "means": means, "m2s": m2s,
@@ -267,7 +267,7 @@ def moments_of_programs(call: Prepared, layer: int) -> tuple[Tensor, Tensor, Ten
 def no_moments(config: UnitConfig, tensors: UnitTensors, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same where there are no lists."""
     device = tensors.keys.device
-    zero = torch.zeros(1, config.hidden_units[layer], device=device)
+    zero = torch.zeros(1, config.hidden_units[layer], dtype=torch.float32, device=device)
     return torch.zeros(1, dtype=torch.int64, device=device), zero, zero
 
 
@@ -303,7 +303,7 @@ def forward(
     keys, depth = tensors.keys, len(config.hidden_units)
     queries = tensors.query.shape[0]
     pooled = torch.empty(queries, config.embedding_dim, dtype=keys.dtype, device=keys.device)
-    log_normaliser = torch.empty(queries if config.softmax else 0, device=keys.device)
+    log_normaliser = torch.empty(queries if config.softmax else 0, dtype=torch.float32, device=keys.device)
     weights = keys.new_zeros(keys.shape[0] * config.candidates) if return_weights else None
     if queries == 0:
         return UnitOutputs(pooled, weights, log_normaliser if config.softmax else None)
@@ -311,10 +311,12 @@ def forward(
     call.know(depth)
     attention = weights
     if config.softmax and return_weights:
-        attention = torch.empty(keys.shape[0] * config.candidates, device=keys.device)
+        attention = torch.empty(keys.shape[0] * config.candidates, dtype=torch.float32, device=keys.device)
     several = call.items.slots > queries
-    partial = torch.empty(call.items.slots if several else 1, config.embedding_dim, device=keys.device)
-    partial_softmax = torch.empty(partial.shape[0] if config.softmax else 1, 2, device=keys.device)
+    partial = torch.empty(
+        call.items.slots if several else 1, config.embedding_dim, dtype=torch.float32, device=keys.device
+    )
+    partial_softmax = torch.empty(partial.shape[0] if config.softmax else 1, 2, dtype=torch.float32, device=keys.device)
     with on_device(keys):
         operands = {
             **call.layer_operands(), "pooled": pooled, "log_normaliser": log_normaliser,

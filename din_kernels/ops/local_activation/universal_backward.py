@@ -55,7 +55,7 @@ class Backward:
         nothing = call.params
         self.sums = nothing
         if inv_count is not None:
-            self.sums = torch.zeros(2 * sum(config.hidden_units), device=keys.device)
+            self.sums = torch.zeros(2 * sum(config.hidden_units), dtype=torch.float32, device=keys.device)
         self.arguments: dict[str, Any] = {
             **call.layer_operands(), **call.weight_strides(),
             "grad_pooled": self.grad_pooled,
@@ -114,7 +114,7 @@ class Backward:
             return delta
         assert saved.weights is not None
         call = self.call
-        slots = torch.empty(call.items.slots, 1, device=delta.device)
+        slots = torch.empty(call.items.slots, 1, dtype=torch.float32, device=delta.device)
         operands = {
             "weights": saved.weights, "grad_weights": self.grad_weights, "slots": slots,
             **call.item_operands(), **call.weight_strides(), "T": 128, "HAS_MASK": self.tensors.row_mask is not None,
@@ -130,7 +130,7 @@ class Backward:
         follow."""
         assert self.inv_count is not None
         width, before = self.config.hidden_units[layer], sum(self.config.hidden_units[:layer])
-        private = torch.zeros(self.call.programs, 2 * width, device=self.sums.device)
+        private = torch.zeros(self.call.programs, 2 * width, dtype=torch.float32, device=self.sums.device)
         unused = self.call.params
         with on_device(self.tensors.keys):
             self.launch(layer, private=private, private_size=2 * width, first_slots=unused, grad_keys=unused)
@@ -146,9 +146,9 @@ class Backward:
         config, call, keys = self.config, self.call, self.tensors.keys
         rows, dim = keys.shape
         width, queries = config.hidden_units[0], self.tensors.query.shape[0]
-        private = torch.zeros(call.programs, self.columns, device=keys.device)
+        private = torch.zeros(call.programs, self.columns, dtype=torch.float32, device=keys.device)
         first = width * dim if config.interaction == "outer" else dim
-        slots = torch.empty(call.items.slots, first + width, device=keys.device)
+        slots = torch.empty(call.items.slots, first + width, dtype=torch.float32, device=keys.device)
         # Rows of padded keys beyond their list's length belong to no item.
         make = torch.zeros if config.padded_length else torch.empty
         dtype = keys.dtype if self.groups == 1 else torch.float32

@@ -220,7 +220,7 @@ class Arena:
         for name, seconds in walls.items():
             drafts[name] |= {"wall": Spread.of(seconds), "ratio": _ratio(seconds, walls[fused])}
         if self.device.type == "cuda":
-            events = clock.event_seconds(ready, inputs, rounds)
+            events = clock.event_seconds(ready, inputs, rounds, once)
             for name, seconds in events.items():
                 drafts[name] |= {"device": Spread.of(seconds), "device_ratio": _ratio(seconds, events[fused])}
                 drafts[name]["graph"] = self._graph(ready[name], inputs, rounds, drafts[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,18 +32,25 @@ def wall_seconds(call: Call, inputs: Any, device: torch.device) -> float:
     return seconds
 
 
-def event_seconds(calls: dict[str, Call], inputs: Sequence[Any], rounds: int) -> dict[str, list[float]]:
+HEAD_START = 5e-3  # seconds; no call takes the host longer that does not keep the GPU as long
+
+
+def event_seconds(
+    calls: dict[str, Call], inputs: Sequence[Any], rounds: int, walls: dict[str, float]
+) -> dict[str, list[float]]:
     """GPU time of each call between two events in the stream, ``rounds`` times, the calls taking turns.
 
-    Every measurement is queued behind a matrix product that outlasts the launches, so that the GPU does not wait for
-    Python between kernels; calls that read a value back to the host wait nevertheless, and pay for it here.
+    Every measurement is queued behind matrix products that outlast its launches, so that the GPU does not wait for Python
+    between kernels: for half again as long as the call took by the wall (``walls``), or ``HEAD_START``. Calls that read a
+    value back to the host wait nevertheless, and pay for it here.
     """
     busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    head_starts = {name: _products(busy, min(1.5 * walls[name], HEAD_START)) for name in calls}
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            for _ in range(4):
+            for _ in range(head_starts[name]):
                 torch.mm(busy, busy)
             begin.record()
             call(inputs[turn % len(inputs)])
@@ -50,6 +58,18 @@ def event_seconds(calls: dict[str, Call], inputs: Sequence[Any], rounds: int) ->
             events[name].append((begin, end))
         torch.cuda.synchronize()
     return {name: [b.elapsed_time(e) / 1e3 for b, e in pairs] for name, pairs in events.items()}
+
+
+def _products(busy: torch.Tensor, seconds: float) -> int:
+    """How many products of ``busy`` with itself take so long."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.mm(busy, busy)
+    begin.record()
+    for _ in range(8):
+        torch.mm(busy, busy)
+    end.record()
+    end.synchronize()
+    return math.ceil(seconds / (begin.elapsed_time(end) / 8e3))
 
 
 class NoGraph(RuntimeError):

@@ -120,7 +120,17 @@ def suite_table(found: Sequence[Race], *, full: bool) -> str:
     """One row a race: the fused time, every other contestant's time as a multiple of it, memory, share of the floor."""
     names = list(dict.fromkeys(r.contestant for race in found for r in race if r.times_fused and r.contestant != FIRST))
     graph = any(fused_of(race).graph for race in found)
-    rows = [["", "sizes", "fused", *(["in a graph"] if graph else []), *names, "memory: fused, eager", "of floor"]]
+    rows = [
+        [
+            "",
+            "sizes",
+            "fused",
+            *(["in a graph", "by the wall: fused, eager"] if graph else []),
+            *names,
+            "memory: fused, eager",
+            "of floor",
+        ]
+    ]
     for race in found:
         fused, by_name = fused_of(race), {r.contestant: r for r in race}
         assert fused.time is not None
@@ -130,6 +140,8 @@ def suite_table(found: Sequence[Race], *, full: bool) -> str:
         cells = [label, shape(fused), duration(fused.time.median)]
         if graph:
             cells.append(duration(fused.graph.median) if fused.graph else "–")
+            both = [r.wall for r in (fused, by_name.get("eager")) if r and r.wall]
+            cells.append(", ".join(duration(wall.median) for wall in both))
         for name in names:
             cells.append(times(by_name[name]) if name in by_name else "–")
         eager = by_name.get("eager")

@@ -213,6 +213,18 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gc.isenabled()
 
 
+def test_events_begin_when_the_host_is_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight products take 6 ms here: a call of 1 ms needs 2 before it, one of a second no more than ``HEAD_START`` has."""
+    products: list[str] = []
+    calls = {name: lambda _, name=name: products.append(name) for name in ("short", "long")}
+    monkeypatch.setattr(clock.torch, "cuda", Card())
+    monkeypatch.setattr(clock.torch, "randn", lambda *shape, device, dtype: None)
+    monkeypatch.setattr(clock.torch, "mm", lambda a, b: products.append("product"))
+    found = clock.event_seconds(calls, [0], 1, {"short": 1e-3, "long": 1.0})
+    assert found == {"short": [0.006], "long": [0.006]}
+    assert products == ["product"] * (9 + 9 + 2) + ["short"] + ["product"] * 7 + ["long"]
+
+
 # ---- the local activation contestants --------------------------------------------------------------------------------
 
 

@@ -49,6 +49,24 @@ def pytest_pyfunc_call() -> Generator[None, Any, Any]:
         raise
 
 
+class _Namer:
+    """Names what fails as soon as it does: a run that is cut off has told its findings."""
+
+    def __init__(self, reporter: Any) -> None:
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.reporter.write_line(f" {report.nodeid} ({report.when})", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Namer(reporter))
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     torch.manual_seed(20180819)

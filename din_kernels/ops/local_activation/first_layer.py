@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._launch import launch, on_device
+from . import kernels_first_layer as kernels
 from .factorise import FirstLayer
 from .problem import UnitConfig, UnitTensors
 
@@ -47,8 +48,6 @@ def take_apart(config: UnitConfig, tensors: UnitTensors, dtype: torch.dtype = to
     }  # fmt: skip
     grid = query_blocks + width * -(-(dim * (dim + 2) if outer else dim) // BLOCK)
     with on_device(query):
-        from . import kernels_first_layer as kernels
-
         launch(kernels.take_apart, (grid,), operands, **options())
     return Parts(shared, of_query, offset)
 
@@ -77,8 +76,6 @@ def outer_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of (first weight, first bias or None, query) in the dtypes of those tensors, outer interaction, from ``sums``
     [Q, H1·D + H1] = [G_q ; γ_q] of each query row (``FirstLayerGradients``)."""
-    from . import kernels_first_layer as kernels
-
     dim, width = config.embedding_dim, config.hidden_units[0]
     weight, bias = tensors.weights[0], tensors.biases[0]
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)

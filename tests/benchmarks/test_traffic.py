@@ -55,8 +55,9 @@ def activation(
 
 @pytest.mark.parametrize("full", [True, False], ids=["equal lists", "jagged"])
 def test_forward_fp32(full: bool) -> None:
-    """Rows of 256 bytes; of lists that differ in length the packed kernels' tables show, 16 bytes a row."""
-    limit = LIMIT if full else LIMIT_JAGGED
+    """Rows of 256 bytes; what the first layer makes of a query row is written and read once more, some 10 bytes a row; of lists
+    that differ in length the packed kernels' tables show, 16 bytes a row."""
+    limit = LIMIT + 0.02 if full else LIMIT_JAGGED
     assert marginal(lambda n: activation(n, torch.float32, full=full), 6, 12) <= limit
 
 
@@ -72,8 +73,7 @@ def test_backward_jagged() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_of_the_packed_kernels(dtype: torch.dtype) -> None:
-    """Three kernels read the keys and leave rows to each other; all but the first should find them in the L2 cache, for
-    whose sake they take the tiles batch by batch. Without one they would move this much."""
+    """Three kernels read the keys and leave rows to each other. Without an L2 cache they would move this much."""
     assert marginal(lambda n: activation(n, dtype, backward=True, readers=3), 4, 8) <= 2.75
 
 

@@ -116,11 +116,11 @@ def unit_of(stride: int) -> int:
 
 
 def numbers_of(
-    rows: int, width: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], block_r: int, block_c: int
+    width: int, stride: tuple[int, ...], grad_stride: tuple[int, ...], block_r: int, block_c: int
 ) -> dict[str, Any]:
     unit, grad_unit = unit_of(stride[0]), unit_of(grad_stride[0])
     return {
-        "num_rows": rows, "C": width, "x_stride": stride[0] // unit, "x_channel": stride[1], "X_UNIT": unit,
+        "C": width, "x_stride": stride[0] // unit, "x_channel": stride[1], "X_UNIT": unit,
         "grad_stride": grad_stride[0] // grad_unit, "grad_channel": grad_stride[1], "GRAD_UNIT": grad_unit,
         "BLOCK_R": block_r, "BLOCK_C": block_c,
     }  # fmt: skip

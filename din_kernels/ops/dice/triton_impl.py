@@ -29,7 +29,7 @@ def _plan(
     heavy = heavy or stride[1] != 1 or grad_stride[1] != 1
     tiles = tiling(rows, width, itemsize, processors_of(device), heavy=heavy, waves=waves)
     numbers = {
-        **numbers_of(rows, width, stride, grad_stride, tiles.block_r, tiles.block_c),
+        "num_rows": rows, **numbers_of(width, stride, grad_stride, tiles.block_r, tiles.block_c),
         "rows_per_part": tiles.rows_per_part, "num_parts": tiles.parts, "BLOCK_P": tiles.block_p,
     }  # fmt: skip
     return _Plan((-(-width // tiles.block_c), tiles.parts), numbers, launch_options())
@@ -65,10 +65,9 @@ def _one_forward(
 ) -> PreparedLaunch:  # fmt: skip
     """Forward in training as one launch; numbers: rows, and the step unless it is a ``pointer``."""
     decided = {
-        **numbers_of(0, width, stride, stride, *tile), "alpha_stride": alpha_stride, "eps": eps, "HAS_MASK": masked,
+        **numbers_of(width, stride, stride, *tile), "alpha_stride": alpha_stride, "eps": eps, "HAS_MASK": masked,
         "HAS_SHIFT": shifted, "AFFINE": affine, "HAS_RUNNING": running, "HAS_TRACKED": tracked, "STEP_POINTER": pointer,
     }  # fmt: skip
-    del decided["num_rows"]
     return _prepared(
         kernels_columns.forward_columns, width, decided, _FORWARD, ("num_rows", *(() if pointer else ("step",))),
         mask=masked, shift=shifted, weight=affine, running_mean=running, tracked=tracked, step=pointer,
@@ -82,10 +81,9 @@ def _one_backward(
 ) -> PreparedLaunch:  # fmt: skip
     """The same of backward."""
     decided = {
-        **numbers_of(0, width, stride, grad_stride, *tile), "alpha_stride": alpha_stride, "HAS_MASK": masked,
+        **numbers_of(width, stride, grad_stride, *tile), "alpha_stride": alpha_stride, "HAS_MASK": masked,
         "HAS_SHIFT": shifted, "AFFINE": affine,
     }  # fmt: skip
-    del decided["num_rows"]
     return _prepared(
         kernels_columns.backward_columns, width, decided, _BACKWARD, ("num_rows",),
         mask=masked, shift=shifted, weight=affine,

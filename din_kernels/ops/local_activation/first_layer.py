@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._launch import launch, on_device
 from . import kernels_first_layer as kernels
 from .factorise import FirstLayer
+from .parameters import like
 from .problem import UnitConfig, UnitTensors
 
 BLOCK_Q, BLOCK_H, BLOCK_D, BLOCK = 32, 32, 32, 1024
@@ -78,8 +79,8 @@ def outer_gradients(
     [Q, H1·D + H1] = [G_q ; γ_q] of each query row (``FirstLayerGradients``)."""
     dim, width = config.embedding_dim, config.hidden_units[0]
     weight, bias = tensors.weights[0], tensors.biases[0]
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    grad_bias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    grad_weight = like(weight)
+    grad_bias = None if bias is None else like(bias)
     operands = {
         "products": sums.t() @ first.query, "sums": sums.sum(0), "weight": grad_weight,
         "bias": grad_weight if grad_bias is None else grad_bias, "D": dim, "H": width, "BLOCK": BLOCK,

@@ -12,15 +12,16 @@ from torch import Tensor
 from ..._launch import launch
 from . import kernels_collect as kernels
 from .packed import TILE, Packed, finish_lists, finish_options, next_power_of_two
+from .parameters import Slopes, like
 from .problem import UnitConfig, UnitGradients
 from .universal import num_programs
 
 LOG2_E = 1.4426950408889634
 BLOCK_Q, BLOCK = 32, 64
 
-# Bytes of what one kernel leaves to the next (dz1, h1, dz2 of a batch of tiles), which bounds the memory of a call. Batches
-# that fit the L2 cache, 24 MiB, would save up to 15 µs of traffic each, and cost four launches: on an H200, seven of them
-# left the GPU waiting for three quarters of the time. A batch of this size takes longer than it takes to launch.
+# Bytes of what one kernel leaves to the next (dz1, h1, dz2 of a batch of tiles), which bounds the memory of a call. By
+# bandwidth, batches that fit the L2 cache, 24 MiB, save up to 15 µs each; and they cost four launches: on an H200, seven of
+# them left the GPU waiting for three quarters of the time. A batch of this size takes longer than it takes to launch.
 BETWEEN_BYTES = 128 << 20
 
 
@@ -97,28 +98,17 @@ class Results:
         finish_lists(call.tables, self.carry, self.list_sums)
         grad_query, weight_parts, bias_parts = self._query()
         tensors, widths = call.tensors, call.config.hidden_units
-        weights = [_like(weight) for weight in tensors.weights]
-        biases = [None if bias is None else _like(bias) for bias in tensors.biases]
-        # A slope that all channels share gets the sum over them.
-        shared = [
-            alpha is not None and alpha.numel() != width for alpha, width in zip(tensors.alphas, widths, strict=True)
-        ]
-        alphas: list[Tensor | None] = [
-            None if alpha is None else self.vectors.new_empty(width) if one else _like(alpha)
-            for alpha, width, one in zip(tensors.alphas, widths, shared, strict=True)
-        ]
-        self._parameters(weights, biases, alphas, weight_parts, bias_parts)
-        for layer, (alpha, one) in enumerate(zip(tensors.alphas, shared, strict=True)):
-            value = alphas[layer]
-            if one and alpha is not None and value is not None:
-                alphas[layer] = value.sum().to(alpha.dtype).view(alpha.shape)
-        return UnitGradients(grad_query, self.grad_keys, weights, biases, alphas)
+        weights = [like(weight) for weight in tensors.weights]
+        biases = [None if bias is None else like(bias) for bias in tensors.biases]
+        slopes = Slopes(tensors.alphas, widths)
+        self._parameters(weights, biases, slopes.memory, weight_parts, bias_parts)
+        return UnitGradients(grad_query, self.grad_keys, weights, biases, slopes.gradients())
 
     def _query(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of the query, and what query rows add to those of the first layer, by program."""
         call, device = self.call, self.list_sums.device
         dim, width = call.config.embedding_dim, call.config.hidden_units[0]
-        gradient, block = _like(call.query), columns(width)
+        gradient, block = like(call.query), columns(width)
         programs = min(-(-call.queries // BLOCK_Q), num_programs(device, 1))
         weight_parts = torch.empty(programs, width, dim, dtype=torch.float32, device=device)
         bias_parts = torch.empty(programs, width, dtype=torch.float32, device=device)
@@ -153,7 +143,3 @@ class Results:
         widest = max(self.vectors.shape[1], first, second)
         grid = first * -(-dim // BLOCK) + -(-second * first // BLOCK) + -(-widest // BLOCK)
         launch(kernels.finish_gradients, (grid,), operands | absent, **finish_options())
-
-
-def _like(parameter: Tensor) -> Tensor:
-    return torch.empty_like(parameter, memory_format=torch.contiguous_format)

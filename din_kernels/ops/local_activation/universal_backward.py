@@ -14,6 +14,7 @@ from . import kernels_parameters
 from . import kernels_universal_backward as kernels
 from .factorise import FirstLayerGradients, first_layer_backward
 from .first_layer import outer_gradients
+from .parameters import Slopes, like
 from .problem import UnitConfig, UnitGradients, UnitOutputs, UnitTensors
 from .universal import Prepared, launch_options, num_programs, scratch_columns
 
@@ -197,10 +198,6 @@ def zeros(tensors: UnitTensors) -> UnitGradients:
     )  # fmt: skip
 
 
-def _like(parameter: Tensor) -> Tensor:
-    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
-
-
 def backward(
     config: UnitConfig,
     tensors: UnitTensors,
@@ -225,17 +222,14 @@ def gradients(work: Backward) -> UnitGradients:
     private, slots, grad_keys = work.run()
 
     widths, outer = config.hidden_units, config.interaction == "outer"
-    upper = [_like(weight) for weight in tensors.weights[1:-1]]
-    out_weight = _like(tensors.weights[-1])
-    # The first layer's bias is the sum of γ. A slope that all channels share gets the sum over them.
-    upper_biases = [None if bias is None else _like(bias) for bias in tensors.biases[1:]]
-    shared_alphas = [alpha is not None and alpha.numel() != h for alpha, h in zip(tensors.alphas, widths, strict=True)]
-    alphas: list[Tensor | None] = [
-        None if alpha is None else private.new_empty(h) if shared else _like(alpha)
-        for alpha, h, shared in zip(tensors.alphas, widths, shared_alphas, strict=True)
-    ]
+    upper = [like(weight) for weight in tensors.weights[1:-1]]
+    out_weight = like(tensors.weights[-1])
+    upper_biases = [
+        None if bias is None else like(bias) for bias in tensors.biases[1:]
+    ]  # that of the first is the sum of γ
+    slopes = Slopes(tensors.alphas, widths)
     vectors: list[Piece] = []
-    for h, bias, alpha in zip(widths, [None, *upper_biases[:-1]], alphas, strict=True):
+    for h, bias, alpha in zip(widths, [None, *upper_biases[:-1]], slopes.memory, strict=True):
         vectors += [(h, bias), (h, alpha)]
     vectors += [(widths[-1], out_weight), (1, upper_biases[-1])]
     of_first = [] if outer else [private.new_empty(widths[0], dim) for _ in range(2)]
@@ -246,9 +240,5 @@ def gradients(work: Backward) -> UnitGradients:
         shared, product = of_first
         gradients_of_first = FirstLayerGradients(slots[:, dim:], shared, product, slots[:, :dim])
         grad_first, grad_bias, grad_query = first_layer_backward(config, tensors, gradients_of_first)
-    for layer, (alpha, one) in enumerate(zip(tensors.alphas, shared_alphas, strict=True)):
-        value = alphas[layer]
-        if one and alpha is not None and value is not None:
-            alphas[layer] = value.sum().to(alpha.dtype).view(alpha.shape)
     weights = [grad_first, *upper, out_weight]
-    return UnitGradients(grad_query, grad_keys, weights, [grad_bias, *upper_biases], alphas)
+    return UnitGradients(grad_query, grad_keys, weights, [grad_bias, *upper_biases], slopes.gradients())
